@@ -1,0 +1,56 @@
+"""The definition: one backward pass per unit. Slow, plain, and the oracle of every other engine."""
+
+import torch
+from torch import Tensor, nn
+
+from privzoo.privacy.clipping.engine import (
+    ClippedSums,
+    Forward,
+    checked_units,
+    clip_factors,
+    trainable_parameters,
+    zero_sums,
+)
+
+
+class Loop:
+    """Clipped sum by definition: for each unit the gradient of the sum of its rows' losses, clipped, added up.
+
+    Args:
+        model: only its trainable parameters are looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        forward: Forward,
+        clip_norm: float,
+        unit_of_row: Tensor | None = None,
+        into: dict[str, Tensor] | None = None,
+    ) -> ClippedSums:
+        """Run `forward` once and a backward pass per unit.
+
+        Args:
+            forward: gives losses, shape (R,).
+            clip_norm: C; inf turns clipping off.
+            unit_of_row: unit index of each row, shape (R,); None if every row is a unit.
+            into: accumulators that the sums are added to in place; fresh zeros by default.
+        """
+        parameters = trainable_parameters(self.model)
+        sums = zero_sums(parameters) if into is None else into
+        with torch.enable_grad():
+            losses = forward()
+        units, count = checked_units(losses, unit_of_row)
+        norms = losses.new_zeros(count, dtype=torch.promote_types(losses.dtype, torch.float32))
+        for unit in range(count):
+            loss = losses[units == unit].sum()
+            found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            gradients = {n: g.to(sums[n].dtype) for n, g in zip(parameters, found, strict=True) if g is not None}
+            norms[unit] = torch.sqrt(sum((g.double().square().sum() for g in gradients.values()), torch.zeros(())))
+            factor = clip_factors(norms[unit : unit + 1], clip_norm)
+            if factor.item() > 0:
+                for name, gradient in gradients.items():
+                    sums[name].add_(gradient * factor)
+        return ClippedSums(sums, norms, losses.detach())
