@@ -1,0 +1,1 @@
+"""Methods: what is trainable and how a release updates it."""

@@ -1,0 +1,99 @@
+"""Checks before the first release: no module couples examples, and the engine is exact on this very model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from privzoo.errors import UserError
+from privzoo.privacy.clipping.engine import ClippedSums, trainable_parameters
+from privzoo.privacy.clipping.loop import Loop
+from privzoo.privacy.sampling import MicroBatch
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+def refuse_coupling_modules(model: nn.Module) -> None:
+    """Refuse modules whose output for one example depends on others, frozen or not, and dropout.
+
+    Raises:
+        UserError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats):
+            raise UserError(
+                f"{name} is a {type(module).__name__}: its statistics mix examples, so no example's influence is bounded; "
+                "replace it by GroupNorm or LayerNorm."
+            )
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise UserError(f"{name} has dropout p={module.p:g}, expected 0 in this version: set model.dropout=0.")
+
+
+def check_engine(
+    engine: Callable[..., ClippedSums],
+    model: nn.Module,
+    losses: Callable[[MicroBatch], Tensor],
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], MicroBatch],
+    clip_norm: float,
+) -> None:
+    """Compare the engine on a few real rows together with the definition on each row alone.
+
+    Passing means: losses are one a row, rows do not influence one another (a batch mean, padding or a wrong example axis
+    would show), every trainable parameter takes part, and the engine's norms and clipped sums are those of the loop.
+
+    Args:
+        engine: the engine in use.
+        losses: micro-batch to losses (R,), on the model's device.
+        rows: encoded examples; the first four are used.
+    Raises:
+        UserError: naming what differs.
+    """
+    if any(not torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError("The model's weights are not all finite: take another checkpoint.")
+    together = list(rows[i] for i in range(min(4, len(rows))))
+    found = engine(lambda: losses(collate(together)), clip_norm=clip_norm)
+    if len(found.losses) != len(together):
+        raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found {len(found.losses)}.")
+    loop, sums, norms = Loop(model), None, []
+    for row in together:
+        alone = loop(lambda row=row: losses(collate([row])), clip_norm=clip_norm, into=sums)  # type: ignore[misc]
+        sums = alone.sums
+        norms.append(alone.norms)
+    assert sums is not None
+    tolerance = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
+    _compare("gradient norms", found.norms, torch.cat(norms).to(found.norms.dtype), tolerance)
+    for name, expected in sums.items():
+        _compare(f"the clipped sum of {name}", found.sums[name], expected, tolerance, scale=_scale(sums))
+    _refuse_unused(model, losses(collate(together)))
+
+
+def _scale(sums: dict[str, Tensor]) -> float:
+    return max(float(value.abs().max()) for value in sums.values())
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> None:
+    if not torch.isfinite(expected).all():
+        return  # an example without a finite gradient contributes nothing; the engines' tests cover it
+    scale = float(expected.abs().max()) if scale is None else scale
+    if not bool(((found - expected).abs() <= tolerance * max(scale, 1e-12)).all()):
+        worst = float((found - expected).abs().max())
+        raise UserError(
+            f"Pre-flight: {what} of a batch and of its rows alone differ by {worst:.3g} (scale {scale:.3g}): examples "
+            "influence one another or the engine misreads the model; take method.engine._target_="
+            "privzoo.privacy.clipping.Loop to find out which."
+        )
+
+
+def _refuse_unused(model: nn.Module, losses: Tensor) -> None:
+    parameters = trainable_parameters(model)
+    gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    if unused:
+        raise UserError(
+            f"{len(unused)} trainable tensors take no part in the loss, first {unused[0]}: they would only collect noise; "
+            "freeze them (method.trainable=…)."
+        )
