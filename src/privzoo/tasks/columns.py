@@ -1,0 +1,179 @@
+"""The columns a task asks for, and the checks that every table passes before it is used.
+
+Rows are counted from 0 in all messages. A message quotes the value that is wrong and nothing else of the row.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from privzoo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a task's table: its name, what it holds, and for a label the number of classes."""
+
+    name: str
+    kind: Literal["text", "label", "image"]
+    num_labels: int = 0
+
+
+def require_columns(found: Sequence[str], columns: Sequence[Column], where: str) -> None:
+    """Raises UserError unless every column is among `found` exactly once."""
+    for column in columns:
+        if column.name not in found:
+            close = difflib.get_close_matches(column.name, found, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(
+                f"{where} has no column {column.name!r}{hint}: found {', '.join(found) or 'none'}; "
+                f"rename a column, or name yours in the task's configuration."
+            )
+        if list(found).count(column.name) > 1:
+            raise UserError(f"{where} has several columns named {column.name!r}, expected one: rename the others.")
+
+
+def bad_label(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a label that is not an integer in range; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected an integer "
+        f"from 0 to {column.num_labels - 1}: correct the row, or set the task's num_labels."
+    )
+
+
+def bad_text(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a cell that is not text; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected text: correct the row or leave it out."
+    )
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it, at most 40 characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
+    """The asked columns of `table`, each proved to hold what its kind says, in one layout per kind.
+
+    Text comes back as large_string, a label as int64 in 0..num_labels-1, an image as large_binary (the bytes of a
+    picture file) or as a fixed-shape uint8 tensor. Nothing is null and nothing is coerced.
+
+    Args:
+        table: has every one of `columns` (see `require_columns`).
+        where: what the messages call the table, for example its path.
+    Raises:
+        UserError: for the first thing that is wrong, with its row.
+    """
+    if table.num_rows == 0:
+        raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
+    check = {"text": _checked_text, "label": _checked_label, "image": _checked_image}
+    return pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
+
+
+def first_true(mask: pa.ChunkedArray) -> int:
+    """The row of the first True of a boolean column, or -1. Null counts as False."""
+    return pc.index(mask, pa.scalar(True)).as_py()
+
+
+def _checked_text(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if array.null_count:
+        raise bad_text(where, first_true(pc.is_null(array)), None, column)
+    value_type = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
+        row = max(first_true(pc.is_nan(array)), 0) if pa.types.is_floating(value_type) else 0
+        raise UserError(
+            f"{where}: column {column.name!r} holds {array.type} (row {row}: {shown(array[row].as_py())}), "
+            f"expected text: store the column as strings."
+        )
+    text = array.cast(pa.large_string())
+    try:
+        text.validate(full=True)  # a Parquet file may hold any bytes under the name of a string
+    except pa.ArrowInvalid as error:
+        row = next(row for row, cell in enumerate(text.cast(pa.large_binary())) if not _is_utf8(cell.as_py()))
+        raise UserError(
+            f"{where}, row {row}: {column.name!r} is not UTF-8, expected text: store the file as UTF-8."
+        ) from error
+    return text
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _checked_label(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if array.null_count:
+        raise bad_label(where, first_true(pc.is_null(array)), None, column)
+    if not pa.types.is_integer(array.type):
+        # Floats that happen to be whole are refused too: they are what pandas makes of a column with holes.
+        row = max(first_true(pc.is_nan(array)), 0) if pa.types.is_floating(array.type) else 0
+        raise bad_label(where, row, array[row].as_py(), column)
+    labels = array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 wraps to a negative number: out of range too
+    row = first_true(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, column.num_labels)))
+    if row >= 0:
+        raise bad_label(where, row, array[row].as_py(), column)
+    return labels
+
+
+def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
+        array = pc.struct_field(array, "bytes")
+    if array.null_count:
+        row = first_true(pc.is_null(array))
+        raise UserError(
+            f"{where}, row {row}: {column.name!r} holds no image bytes, expected those of a picture file: "
+            f"embed them in the file or leave the row out."
+        )
+    if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+        return array.cast(pa.large_binary())
+    if isinstance(array.type, pa.FixedShapeTensorType) and pa.types.is_uint8(array.type.value_type):
+        return array
+    raise UserError(
+        f"{where}: column {column.name!r} holds {array.type}, expected picture files as bytes "
+        f"(the hub's Image feature): store the images so."
+    )
+
+
+def content_digest(table: pa.Table, settings: str) -> str:
+    """sha256 (hex) of the rows of a checked table, in order, and of `settings`.
+
+    Equal tables give equal digests however they are sliced or cut into chunks. A changed character, label, pixel,
+    order, column name or setting changes it: lengths are hashed beside the bytes, so that text cannot move
+    between neighbouring rows unseen.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for name, array in zip(table.column_names, table.columns, strict=True):
+        digest.update(f"\0{name}\0{array.type}\0{len(array)}\0".encode())
+        chunks = [chunk for chunk in array.chunks if len(chunk)]
+        if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
+            for chunk in chunks:
+                digest.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            for chunk in chunks:
+                digest.update(_string_bytes(chunk))
+        elif isinstance(array.type, pa.FixedShapeTensorType):
+            for chunk in chunks:
+                digest.update(chunk.storage.flatten().to_numpy().tobytes())
+        else:
+            for chunk in chunks:
+                digest.update(chunk.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _string_bytes(chunk: pa.Array) -> memoryview:
+    """The bytes of all cells, one after another. The buffers of a slice are those of its parent: cut them."""
+    _, offsets, data = chunk.buffers()
+    if data is None:
+        return memoryview(b"")
+    bounds = np.frombuffer(offsets, dtype=np.int64)[[chunk.offset, chunk.offset + len(chunk)]]
+    return memoryview(data)[bounds[0] : bounds[1]]

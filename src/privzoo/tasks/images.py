@@ -1,0 +1,128 @@
+"""Classification of images. Decoded with PIL, row by row, when a row is asked for."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from privzoo.errors import UserError
+from privzoo.tasks.base import Task
+from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
+from privzoo.tasks.columns import Column, content_digest
+from privzoo.tasks.data import HubData, ToyData
+
+
+class ImageClassification(Task):
+    """A label for an image. Nothing is augmented: a row is encoded alike every time.
+
+    Args:
+        name: as in the run record.
+        data: where the rows come from.
+        image: name of the image column (picture files as bytes, or uint8 arrays of one shape).
+        label: name of the label column, integers in 0..num_labels-1.
+        num_labels: number of classes, at least 2.
+    """
+
+    kind = "image_classification"
+    num_labels: int
+    metrics = ("accuracy", "loss")
+    higher_is_better = True
+
+    def __init__(self, name: str, data: HubData | ToyData, image: str, label: str, num_labels: int):
+        if num_labels < 2:
+            raise UserError(f"task.num_labels={num_labels}, expected at least 2: correct the task's yaml.")
+        self.name, self.num_labels = name, num_labels
+        self._data, self._image, self._label = data, image, label
+
+    def load(self, data_root: str | None) -> None:
+        """Opens every picture file far enough to see that it is one; a file cut short shows only when it is decoded."""
+        columns = [Column(self._image, "image"), Column(self._label, "label", self.num_labels)]
+        self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
+        for split, table in self._tables.items():
+            if pa.types.is_large_binary(table.schema.field(self._image).type):
+                for row, cell in enumerate(table[self._image]):
+                    open_image(cell.as_buffer(), f"{self.name} ({split} split)", row)
+        self.num_examples = self._tables["train"].num_rows
+
+    def fingerprint(self) -> str:
+        return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label}")
+
+    def prepare(self, processor) -> None:
+        if processor is None:
+            raise UserError(
+                f"the model has no image processor, but task {self.name} reads images: put its "
+                f"preprocessor_config.json beside the model, or choose another model."
+            )
+        self.train, self.validation = (
+            ImageRows(table[self._image], table[self._label].to_numpy(), processor, f"{self.name} ({split} split)")
+            for split, table in self._tables.items()
+        )
+
+    def length(self, row: dict) -> int:
+        """1: the processor brings all images to one size."""
+        return 1
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        """pixel_values: float32 (R, 3, height, width); labels: (R,)."""
+        pixels = np.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.tensor([row["label"] for row in rows])}
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return class_losses(class_logits(model, batch), batch)
+
+    def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """accuracy, and the mean loss of a row."""
+        return evaluate_classes(model, loader)
+
+
+class ImageRows(Sequence[dict]):
+    """Images as they are stored; `[i]` decodes row i and runs the processor on it."""
+
+    def __init__(self, images: pa.ChunkedArray, labels: np.ndarray, processor, where: str):
+        self._images, self._labels, self._processor, self._where = images, labels, processor, where
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        """pixel_values: float32 array (3, height, width); label: int.
+
+        Raises:
+            UserError: the image cannot be decoded.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        cell = self._images[index]
+        if isinstance(cell, pa.FixedShapeTensorScalar):
+            image = Image.fromarray(cell.to_numpy()).convert("RGB")
+        else:
+            image = _decoded(open_image(cell.as_buffer(), self._where, index), self._where, index)
+        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
+        return {"pixel_values": np.asarray(pixels, dtype=np.float32), "label": int(self._labels[index])}
+
+
+def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
+    """The image, its header read and its pixels not yet.
+
+    Raises:
+        UserError: the bytes are not a picture file.
+    """
+    try:
+        return Image.open(io.BytesIO(raw))
+    except OSError as error:
+        raise _not_an_image(where, row, "not a picture file that PIL knows") from error
+
+
+def _decoded(image: Image.Image, where: str, row: int) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for bytes that make no sense
+        raise _not_an_image(where, row, str(error)) from error
+
+
+def _not_an_image(where: str, row: int, reason: str) -> UserError:
+    return UserError(f"{where}, row {row} cannot be decoded ({reason}): replace the image or leave the row out.")

@@ -1,0 +1,177 @@
+"""Text that continues a prompt, learned by a causal language model."""
+
+import string
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from privzoo.errors import UserError
+from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
+from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_length, check_tokenizer, padding_id
+from privzoo.tasks.columns import Column, content_digest
+from privzoo.tasks.data import HubData, ToyData
+
+NO_LOSS = -100  # the label of a token that carries no loss
+
+
+class PromptCompletion(Task):
+    """A target text after a prompt; only the target's tokens and the end token after it carry loss.
+
+    `prompt` and `target` are templates with columns in braces: "Sentence : {sentence} Label :". A row is [start token,
+    if the tokenizer sets one] + prompt + target + end token. Prompt and target are tokenised apart, as they are when
+    text is generated from the prompt alone, so a space between them belongs to the target's template.
+    A row longer than `max_length` loses the beginning of its prompt; a target that alone is too long loses its end.
+    The loss of a row is the mean over its own target tokens, so that a long target weighs no more than a short one;
+    a row of which no target token is left has the loss 0 and the gradient 0.
+
+    Args:
+        name: as in the run record.
+        data: where the rows come from.
+        prompt, target: templates, each with at least one text column; a brace itself is written twice.
+        max_length: tokens of a row, at least 2.
+    Raises:
+        UserError: a template is not of this form.
+    """
+
+    kind = "causal_lm"
+    num_labels = None
+    metrics = ("perplexity", "token_accuracy", "loss")
+    higher_is_better = False
+
+    def __init__(self, name: str, data: HubData | ToyData, prompt: str, target: str, max_length: int):
+        self.name, self.max_length = name, max_length
+        self._data = data
+        self._templates = {"prompt": prompt, "target": target}
+        self._parts = {role: parsed(template, role) for role, template in self._templates.items()}
+
+    def load(self, data_root: str | None) -> None:
+        names = [name for parts in self._parts.values() for _, name in parts if name is not None]
+        columns = [Column(name, "text") for name in dict.fromkeys(names)]
+        self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
+        self.num_examples = self._tables["train"].num_rows
+
+    def fingerprint(self) -> str:
+        return content_digest(self._tables["train"], f"{self.kind} {self._templates} {self.max_length}")
+
+    def prepare(self, processor) -> None:
+        check_tokenizer(processor, self.name)
+        check_max_length(processor, self.max_length, at_least=2)
+        if processor.eos_token_id is None:
+            raise UserError(
+                f"the model's tokenizer has no end token, but task {self.name} trains one: set eos_token in "
+                f"tokenizer_config.json, or choose another model."
+            )
+        self._pad_id = padding_id(processor)
+        self.train, self.validation = (self._encoded(processor, self._tables[s]) for s in ("train", "validation"))
+
+    def _encoded(self, processor, table: pa.Table) -> EncodedRows:
+        context: list[int] = []  # tokens before the target, of each row
+        return EncodedRows.from_batches(self._tokenised(processor, table, context), {"context": context})
+
+    def _tokenised(self, processor, table: pa.Table, context: list[int]) -> Iterator[Mapping[str, list[list[int]]]]:
+        bos = [processor.bos_token_id]
+        start = bos if processor("").input_ids[:1] == bos else []
+        end = [processor.eos_token_id]
+        for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL):
+            part = table.slice(first, ROWS_PER_TOKENIZER_CALL)
+            prompts, targets = (
+                # verbose=False: no warning about long rows, which are cut below
+                processor(filled(self._parts[role], part), add_special_tokens=False, verbose=False).input_ids
+                for role in ("prompt", "target")
+            )
+            rows = [joined(start, p, t + end, self.max_length) for p, t in zip(prompts, targets, strict=True)]
+            context.extend(before for _, before in rows)
+            yield {"input_ids": [ids for ids, _ in rows]}
+
+    def length(self, row: dict) -> int:
+        return len(row["input_ids"])
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels: (R, L), padded on the right. labels[r, t] is input_ids[r, t] on target
+        tokens, NO_LOSS elsewhere; the model's logits at t - 1 are held against it."""
+        ids = [row["input_ids"] for row in rows]
+        labels = [np.where(np.arange(len(i)) < row["context"], NO_LOSS, i) for i, row in zip(ids, rows, strict=True)]
+        return {
+            "input_ids": pad_right(ids, self._pad_id),
+            "attention_mask": padding_mask(ids),
+            "labels": pad_right(labels, NO_LOSS),
+        }
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        token_losses, is_target, _ = _by_token(model, batch)
+        return token_losses.sum(dim=1) / is_target.sum(dim=1).clamp(min=1)
+
+    def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """perplexity = exp(total loss / number of target tokens) and the share of target tokens that are the model's
+        first choice, both over all tokens of the split; loss, the mean over rows of what `losses` gives."""
+        rows, tokens, right, token_loss, row_loss = 0, 0, 0, 0.0, 0.0
+        with scoring(model):
+            for batch in loader:
+                token_losses, is_target, is_right = _by_token(model, batch)
+                targets = is_target.sum(dim=1)
+                rows += len(targets)
+                tokens += int(targets.sum())
+                right += int(is_right.sum())
+                token_loss += token_losses.sum().item()
+                row_loss += (token_losses.sum(dim=1) / targets.clamp(min=1)).sum().item()
+        assert rows, "evaluate was given no micro-batch"
+        mean = torch.tensor(token_loss / max(tokens, 1), dtype=torch.float64)
+        return {"perplexity": mean.exp().item(), "token_accuracy": right / max(tokens, 1), "loss": row_loss / rows}
+
+
+def parsed(template: str, role: str) -> list[tuple[str, str | None]]:
+    """A template as pairs (literal text, name of the column after it or None).
+
+    >>> parsed("Q: {question} A:", "prompt")
+    [('Q: ', 'question'), (' A:', None)]
+    """
+    try:
+        parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(f"task.{role}={template!r} is not a template ({error}): write a brace itself twice.") from error
+    if not any(name for _, name in parts):
+        raise UserError(f"task.{role}={template!r} names no column, expected one in braces, as in '{{question}}'.")
+    return parts
+
+
+def filled(parts: list[tuple[str, str | None]], table: pa.Table) -> list[str]:
+    """The template of every row. Not str.format, which would look into a column's name for dots and brackets."""
+    cells = {name: table[name].to_pylist() for _, name in parts if name is not None}
+    return [
+        "".join(literal + (cells[name][row] if name is not None else "") for literal, name in parts)
+        for row in range(table.num_rows)
+    ]
+
+
+def joined(start: list[int], prompt: list[int], target: list[int], max_length: int) -> tuple[list[int], int]:
+    """A row of at most `max_length` tokens, and how many of them come before the target.
+
+    The target is kept whole if it fits beside one token to predict it from; then the start token, then as much of the
+    prompt's end as there is room for.
+
+    >>> joined([0], [1, 2, 3, 4], [8, 9], max_length=5)
+    ([0, 3, 4, 8, 9], 3)
+    >>> joined([0], [1, 2, 3, 4], [6, 7, 8, 9], max_length=3)
+    ([0, 6, 7], 1)
+    """
+    first = (start + prompt)[:1]
+    target = target[: max_length - len(first)]
+    room = max_length - len(target) - len(start)
+    context = start + prompt[-room:] if room > 0 else first
+    return context + target, len(context)
+
+
+def _by_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each place that predicts the next one, (R, L - 1): its loss (0 off the targets), whether that next one is a
+    target, and whether the model's first choice is right (False off the targets)."""
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    logits = at_least_float32(model(**inputs).logits[:, :-1])
+    labels = batch["labels"][:, 1:]
+    token_losses = functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=NO_LOSS
+    ).view(labels.shape)
+    return token_losses, labels != NO_LOSS, logits.argmax(dim=-1) == labels

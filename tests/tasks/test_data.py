@@ -1,0 +1,156 @@
+"""The hub when it answers, when it does not, and when only its cache does; and the toy world."""
+
+import io
+import sys
+import time
+
+import datasets
+import httpx
+import huggingface_hub
+import pytest
+
+from privzoo import toyworld
+from privzoo.errors import UserError
+from privzoo.tasks import data
+from privzoo.tasks.columns import Column
+from privzoo.tasks.data import HubData, ToyData
+
+COLUMNS = [Column("sentence", "text"), Column("label", "label", 2)]
+ROWS = {"sentence": ["a good one", "a bad one"], "label": [1, 0], "idx": [0, 1]}
+
+
+@pytest.fixture
+def sst2():
+    return HubData("nyu-mll/glue", "sst2", "sst2", {"train": "train", "validation": "validation"})
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty cache, and a hub that no look-up finds."""
+
+    def unreachable(*args, **kwargs):
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def message_of(call):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_network_names_the_data_set_the_reason_and_three_ways_out(sst2, no_network, capsys):
+    start = time.perf_counter()
+    message = message_of(lambda: sst2.load("train", COLUMNS, None))
+    assert time.perf_counter() - start < 20
+    for part in ("nyu-mll/glue, sst2", "Name or service not known", "sst2/train.parquet", "data_root=", "PRIVZOO_DATA"):
+        assert part in message
+    for part in ("network", "cache", "task=toy_text"):
+        assert part in message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_hub_that_hangs_is_given_up(sst2, no_network, monkeypatch):
+    monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: time.sleep(3))
+    start = time.perf_counter()
+    assert "no answer within" in message_of(lambda: sst2.load("train", COLUMNS, None))
+    assert time.perf_counter() - start < 2.5
+
+
+def test_offline_mode_is_respected_and_named(sst2, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    assert "HF_HUB_OFFLINE" in message_of(lambda: sst2.load("train", COLUMNS, None))
+    assert datasets.config.HF_HUB_OFFLINE is True
+
+
+def test_without_network_the_filled_cache_serves(sst2, no_network, capsys):
+    place = no_network / "nyu-mll___glue" / "sst2" / "0.0.0" / "0123456789abcdef"
+    place.mkdir(parents=True)
+    rows = datasets.Dataset.from_dict(ROWS)
+    with datasets.arrow_writer.ArrowWriter(path=str(place / "glue-train.arrow"), features=rows.features) as writer:
+        writer.write_table(rows.data.table)
+        writer.finalize()
+    split = datasets.SplitInfo("train", num_examples=2, dataset_name="glue")
+    info = datasets.DatasetInfo(
+        features=rows.features,
+        config_name="sst2",
+        dataset_name="glue",
+        version="0.0.0",
+        splits=datasets.SplitDict({"train": split}),
+    )
+    info.write_to_directory(str(place))
+    before = datasets.config.HF_HUB_OFFLINE
+    table = sst2.load("train", COLUMNS, None)
+    assert table.to_pylist() == [{"sentence": "a good one", "label": 1}, {"sentence": "a bad one", "label": 0}]
+    assert "validation" in message_of(lambda: sst2.load("validation", COLUMNS, None))
+    assert datasets.config.HF_HUB_OFFLINE is before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_hub_is_asked_for_name_config_and_split_and_its_rows_are_checked(sst2, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict(ROWS).select([1, 0])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert sst2.load("train", COLUMNS, None)["label"].to_pylist() == [0, 1]  # the order of the selection
+    assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train"})]
+    assert "no column 'sentense'" in message_of(lambda: sst2.load("train", [Column("sentense", "text")], None))
+    assert "'label' is 1" in message_of(lambda: sst2.load("train", [Column("label", "label", 1)], None))
+
+
+def test_a_data_root_is_used_alone(sst2, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("the hub was asked"))
+    assert "no folder 'sst2'" in message_of(lambda: sst2.load("train", COLUMNS, str(tmp_path)))
+
+
+def test_files_need_no_datasets_library(folder, source, monkeypatch):
+    root = folder(train={"text": ["a"], "label": [1]})
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would raise
+    assert source.load("train", [Column("text", "text")], root).num_rows == 1
+
+
+def test_toy_rows_are_the_toy_worlds(split="validation"):
+    text = ToyData("text").load(split, [Column("text", "text"), Column("label", "label", 2)], None)
+    assert text.to_pylist() == toyworld.text_rows(split)
+    lm = ToyData("lm").load(split, [Column("prompt", "text"), Column("target", "text")], None)
+    assert lm.to_pylist() == toyworld.lm_rows(split)
+    images = ToyData("images").load(split, [Column("image", "image"), Column("label", "label", 4)], None)
+    rows = toyworld.image_rows(split)
+    assert images["label"].to_pylist() == [row["label"] for row in rows]
+    assert all((cell.to_numpy() == row["image"]).all() for cell, row in zip(images["image"], rows, strict=True))
+
+
+def test_toy_data_of_no_kind():
+    assert "data.kind=sound" in message_of(lambda: ToyData("sound").load("train", COLUMNS, None))
+    assert "no column 'sentence'" in message_of(lambda: ToyData("text").load("train", COLUMNS, None))
+
+
+@pytest.mark.shared
+def test_real_sst2(sst2, shared):
+    table = sst2.load("train", COLUMNS, str(shared / "data"))
+    assert table.num_rows == 67_349
+    assert table["label"].to_pylist().count(1) == 37_569
+    assert table["sentence"][0].as_py() == "hide new secretions from the parental units "
+    assert sst2.load("validation", COLUMNS, str(shared / "data")).num_rows == 872
+
+
+@pytest.mark.shared
+def test_real_images_come_as_bytes(shared):
+    source = HubData("uoft-cs/cifar10", None, "cifar10_lossless4k", {"train": "train"})
+    columns = [Column("img", "image"), Column("label", "label", 10)]
+    table = source.load("train", columns, str(shared / "data"))
+    from PIL import Image
+
+    assert table.num_rows == 4_000
+    assert Image.open(io.BytesIO(table["img"][0].as_py())).size == (32, 32)
