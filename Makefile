@@ -1,0 +1,36 @@
+# `make demo` and `make test` are each the only command needed on a fresh machine with python3 >= 3.11 and make.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: setup demo test check clean
+.DEFAULT_GOAL := setup
+
+setup: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "privzoo needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true): name another one, as in 'make $(MAKECMDGOALS) PYTHON=python3.12'." >&2; \
+	  exit 1; }
+	@echo "Setting up .venv (some minutes and 2.5 GB the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Finished runs are not done again: their id decides.
+demo: setup
+	$(BIN)/python -m privzoo.train -m method=dp_full,dp_bitfit eps=3,8,inf output_dir=runs/demo
+	$(BIN)/python -m privzoo.reporting.display runs/demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+# Leaves the environment (.venv) and the runs (runs/) alone.
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""What a run's configuration must satisfy, checked before torch is imported, and the name that it gives the run."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from privzoo.errors import UserError
+
+GROUPS = ("task", "method", "model", "privacy", "trainer", "logger")
+VALUES = ("eps", "delta", "epochs", "batch_size", "microbatch_size", "lr", "clip_norm", "seed")
+PATHS = ("data_root", "output_dir", "resume")
+TOP_LEVEL = (*GROUPS, *VALUES, *PATHS, "choices")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+# ---- identity --------------------------------------------------------------------------------------------------------
+
+
+def run_id(cfg: DictConfig) -> str:
+    """Eight hexadecimal digits that name what a run computes.
+
+    A hash of the resolved configuration without what cannot change the result: logger, data_root, output_dir, resume,
+    microbatch_size, and the trainer's progress and checkpoint_every. Numbers count by value (eps=8 is eps=8.0), and the
+    order of keys does not count.
+    """
+    content: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key in ("logger", "microbatch_size", *PATHS):
+        content.pop(key, None)
+    for key in ("progress", "checkpoint_every"):
+        content["trainer"].pop(key, None)
+    text = json.dumps(_by_value(content), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _by_value(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _by_value(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_by_value(value) for value in content]
+    if isinstance(content, float) and content.is_integer():
+        return int(content)
+    return content
+
+
+def run_name(cfg: DictConfig) -> str:
+    """`<task>-<method>-eps<e>-s<seed>-<id>`, or sigma<s> in place of eps<e>; letters, digits and `._+-` alone."""
+    if cfg.eps is not None:
+        budget = f"eps{_by_value(cfg.eps)}"
+    else:
+        budget = f"sigma{_by_value(cfg.privacy.noise_multiplier)}"
+    name = f"{cfg.choices.task}-{cfg.choices.method}-{budget}-s{cfg.seed}-{run_id(cfg)}"
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def validate(cfg: DictConfig) -> None:
+    """Refuses what is wrong whatever the data and the model: without torch, so that a mistake costs a second.
+
+    Raises:
+        UserError: one sentence with the value found, the value expected and the way out.
+    """
+    for key in map(str, cfg):
+        if key not in TOP_LEVEL:
+            raise UserError(f"Unknown key '{key}': nothing reads it; --cfg job shows all keys.")
+    _check_budget(cfg)
+    _check_number(cfg, "epochs", "a number > 0", lambda v: 0 < v < math.inf)
+    _check_number(cfg, "lr", "a number > 0", lambda v: 0 < v < math.inf)
+    without_privacy = cfg.eps == math.inf
+    _check_number(cfg, "clip_norm", "a finite number > 0", lambda v: 0 < v < math.inf or (v > 0 and without_privacy))
+    _check_whole(cfg, "batch_size", 1)
+    _check_whole(cfg, "microbatch_size", 1)
+    _check_whole(cfg, "seed", 0)
+    _check_privacy(cfg)
+    _check_trainer(cfg)
+    _check_one_of(cfg, "logger.private", (True, False))
+    _check_paths(cfg)
+
+
+def _refuse(key: str, value: Any, expected: str, way_out: str = "") -> None:
+    raise UserError(f"Expected {key}={value} to be {expected}{'; ' + way_out if way_out else ''}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_number(cfg: DictConfig, key: str, expected: str, good: Callable[[float], bool], way_out: str = "") -> None:
+    value = OmegaConf.select(cfg, key)
+    if not _is_number(value) or not good(value):
+        _refuse(key, value, expected, way_out)
+
+
+def _check_whole(cfg: DictConfig, key: str, least: int) -> None:
+    value = OmegaConf.select(cfg, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        _refuse(key, value, f"a whole number >= {least}", "write it without a dot or an exponent")
+
+
+def _check_one_of(cfg: DictConfig, key: str, values: Sequence[Any]) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value not in values or type(value) is not type(values[0]):
+        _refuse(key, value, "one of " + ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values))
+
+
+def _check_budget(cfg: DictConfig) -> None:
+    sigma = cfg.privacy.noise_multiplier
+    if sigma is None:
+        _check_number(cfg, "eps", "a number > 0, or inf for a run without privacy", lambda v: v > 0)
+    elif cfg.eps is not None:
+        _refuse("privacy.noise_multiplier", sigma, f"given alone, found eps={cfg.eps} too", "add eps=null")
+    else:
+        way_out = "eps=inf is a run without noise"
+        _check_number(cfg, "privacy.noise_multiplier", "a finite number > 0", lambda v: 0 < v < math.inf, way_out)
+    if cfg.delta is not None:
+        way_out = "below 1/N; delta=null takes 1/(2N)"
+        _check_number(cfg, "delta", "a number between 0 and 1", lambda v: 0 < v < 1, way_out)
+
+
+def _check_privacy(cfg: DictConfig) -> None:
+    _check_one_of(cfg, "privacy.accountant", ("pld",))
+    _check_one_of(cfg, "privacy.checks", (True, False))
+    if cfg.privacy.noise_seed is not None:
+        _check_whole(cfg, "privacy.noise_seed", 0)
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    _check_one_of(cfg, "trainer.accelerator", ACCELERATORS)
+    _check_one_of(cfg, "trainer.precision", PRECISIONS)
+    _check_one_of(cfg, "trainer.devices", (1,))
+    _check_one_of(cfg, "trainer.progress", (True, False))
+    _check_whole(cfg, "trainer.checkpoint_every", 1)
+    _check_whole(cfg, "trainer.validate_every", 0)
+
+
+def _check_paths(cfg: DictConfig) -> None:
+    if cfg.data_root is not None and not Path(str(cfg.data_root)).expanduser().is_dir():
+        raise UserError(
+            f"Expected data_root={cfg.data_root} to be a folder: it does not exist; "
+            "correct data_root= or PRIVZOO_DATA, or leave both out to ask the hub."
+        )
+    output_dir = Path(str(cfg.output_dir)).absolute()
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"Expected output_dir={cfg.output_dir} to be a folder to write to: {existing} is not one.")
+    if cfg.resume is not None:
+        missing = [name for name in ("config.yaml", "ledger.jsonl") if not (Path(str(cfg.resume)) / name).is_file()]
+        if missing:
+            raise UserError(f"Expected resume={cfg.resume} to be a run folder: it has no {' and no '.join(missing)}.")

@@ -1,0 +1,143 @@
+"""`python -m privzoo.plan task=sst2 batch_size=1000 epochs=3 eps=1,3,8`: what runs would cost, without running them.
+
+Takes what `python -m privzoo.train` takes. Several values of a key (with or without -m) and grids become one table.
+Nothing is written; data are read only for a task whose yaml does not say num_examples.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from privzoo.cli import exit_on_error, read_flags, run_hydra
+from privzoo.composition import build, compose_sweep
+from privzoo.config import validate
+from privzoo.privacy.plan import PrivacyPlan, default_delta
+
+
+class Row(NamedTuple):
+    """One run's plan: N examples, expected batch B, sample rate q = B/N, releases, noise multiplier sigma, and the
+    epsilon that PLD accounting gives for all releases at delta."""
+
+    task: str
+    method: str
+    eps: float | None
+    delta: float
+    N: int
+    B: int
+    q: float
+    steps: int
+    sigma: float
+    epsilon: float
+
+
+def main() -> None:
+    """Prints the table; exit code 2 and one sentence for a mistake."""
+    with exit_on_error():
+        _, arguments = read_flags()
+        if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
+            run_hydra(_show, "train")
+            return
+        config_name = arguments.config_name or "train"
+        rows = plan_rows(compose_sweep(arguments.overrides, arguments.config_dir, config_name))
+        _print(rows)
+
+
+def _show(cfg: DictConfig) -> None:
+    raise AssertionError("reached only by flags that show something and run nothing")
+
+
+def plan_rows(configs: Iterable[DictConfig]) -> list[Row]:
+    """One row for each configuration, in their order; all are validated before the first is calibrated.
+
+    Raises:
+        UserError: for a configuration that `train` would refuse for its numbers.
+    """
+    configs = list(configs)
+    for cfg in configs:
+        validate(cfg)
+    numbers = [_numbers(cfg) for cfg in configs]
+    # Methods and seeds share their plan: a grid costs as many calibrations as it has different numbers.
+    different = list(dict.fromkeys(numbers))
+    if len(different) == 1:
+        calibrated = [_calibrate(different[0])]
+    else:
+        with ProcessPoolExecutor(min(len(different), os.cpu_count() or 1)) as pool:
+            calibrated = list(pool.map(_calibrate, different))
+    found = dict(zip(different, calibrated, strict=True))
+    return [_row(cfg, *found[key]) for cfg, key in zip(configs, numbers, strict=True)]
+
+
+def _row(cfg: DictConfig, plan: PrivacyPlan, spent: float) -> Row:
+    assert plan.noise_multiplier is not None
+    return Row(
+        task=cfg.choices.task,
+        method=cfg.choices.method,
+        eps=cfg.eps,
+        delta=plan.delta,
+        N=plan.num_examples,
+        B=plan.batch_size,
+        q=plan.sample_rate,
+        steps=plan.steps,
+        sigma=plan.noise_multiplier,
+        epsilon=spent,
+    )
+
+
+class _Numbers(NamedTuple):
+    num_examples: int
+    batch_size: int
+    epochs: float
+    delta: float
+    epsilon: float | None
+    noise_multiplier: float | None
+
+
+def _numbers(cfg: DictConfig) -> _Numbers:
+    size = _num_examples(cfg)
+    delta = default_delta(size) if cfg.delta is None else float(cfg.delta)
+    return _Numbers(size, cfg.batch_size, cfg.epochs, delta, cfg.eps, cfg.privacy.noise_multiplier)
+
+
+def _calibrate(numbers: _Numbers) -> tuple[PrivacyPlan, float]:
+    plan = PrivacyPlan(**numbers._asdict())
+    return plan, plan.epsilon_after(plan.steps)
+
+
+def _num_examples(cfg: DictConfig) -> int:
+    stated = cfg.task.get("num_examples")
+    if stated is not None:
+        return int(stated)
+    task = build(cfg.task)
+    task.load(cfg.data_root)
+    return int(task.num_examples)
+
+
+def _print(rows: Sequence[Row]) -> None:
+    table = Table(title="Plans: Poisson sampling, neighbours differ by one example, epsilon by PLD")
+    for name in Row._fields:
+        table.add_column(name, justify="left" if name in ("task", "method") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.task,
+            row.method,
+            "-" if row.eps is None else f"{row.eps:g}",
+            f"{row.delta:.3g}",
+            f"{row.N:,}",
+            f"{row.B:,}",
+            f"{row.q:.6f}",
+            f"{row.steps:,}",
+            f"{row.sigma:.4f}",
+            f"{row.epsilon:.4f}",
+        )
+    # In a pipe rich would fold the table to 80 columns and cut its figures.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+if __name__ == "__main__":
+    main()

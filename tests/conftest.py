@@ -1,0 +1,74 @@
+"""What all tests share: no network, no settings of the user's, and the real conf/."""
+
+import errno
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+# Before any test imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in ("PRIVZOO_DATA", "WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+def shared_folder() -> Path:
+    return Path(os.environ.get("PRIVZOO_SHARED", REPOSITORY.parent / "shared")).absolute()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Calibrations are confirmed whenever they are used, so remembering them between test runs costs nothing.
+    os.environ["PRIVZOO_CACHE"] = str(config.cache.mkdir("privzoo"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    absent = {
+        "shared": None if shared_folder().is_dir() else f"no data and weights at {shared_folder()}",
+        "slurm": None if shutil.which("sbatch") else "no sbatch on PATH",
+        "gpu": "" if any(item.get_closest_marker("gpu") for item in items) else None,
+    }
+    if absent["gpu"] is not None:
+        import torch
+
+        absent["gpu"] = None if torch.cuda.is_available() else "no CUDA device"
+    for item in items:
+        for marker, reason in absent.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder with real data and weights; mark the test `shared`, so that it is skipped where there is none."""
+    return shared_folder()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every connection but to this machine fails at once, as with the cable pulled."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):  # type: ignore[index]
+            raise OSError(errno.ENETUNREACH, "the network is off in tests")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def run_config(tmp_path: Path):
+    """`run_config("task=toy_lm", "eps=3")`: one run's configuration of the real conf/, writing below tmp_path."""
+    from privzoo.composition import compose
+
+    def make(*overrides: str):
+        return compose([f"output_dir={tmp_path}/runs", "trainer.progress=false", *overrides])
+
+    return make
