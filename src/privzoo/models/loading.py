@@ -1,0 +1,266 @@
+"""Loads a pretrained model with its tokenizer or image processor, and tells which weights the checkpoint lacked."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from privzoo.errors import UserError
+
+EMBEDDED = ("tiny_encoder", "tiny_lm", "tiny_vit")
+_TINY_FOLDER = Path(__file__).parent / "tiny"
+_AUTO_CLASSES = {
+    "sequence_classification": (
+        transformers.AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "causal_lm": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "image_classification": (
+        transformers.AutoModelForImageClassification,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+# What transformers, safetensors and torch raise for files that are missing, cut short or not what their name says.
+_BAD_FILES = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+_HUB_TIMEOUT = 5.0  # seconds; transformers itself would retry an unreachable hub for 23
+
+
+@dataclass
+class LoadedModel:
+    """A model that is ready to be fine-tuned or evaluated.
+
+    Attributes:
+        model: a transformers model in evaluation mode, every dropout set to the value asked for.
+        processor: its tokenizer (padding on the right, with a pad token) or its PIL image processor.
+        new_head: names, as in `model.named_parameters()`, of what the checkpoint did not hold and was drawn afresh;
+            a method that trains a part only (BiTFiT) trains these as well. Never part of the model's body.
+    """
+
+    model: nn.Module
+    processor: object
+    new_head: tuple[str, ...]
+
+
+def load(
+    path: str,
+    kind: str,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> LoadedModel:
+    """A pretrained model for a kind of task.
+
+    The new head is drawn from a generator of its own: it hangs on `seed` (and the model) only, and the global
+    generator is left as it was. A head of another number of labels than asked for counts as new. Weights of the body
+    that the checkpoint lacks are an error, never drawn. Nothing of transformers' bars and warnings is shown.
+
+    Args:
+        path: a local folder, "tiny_encoder", "tiny_lm" or "tiny_vit" (part of privzoo), or a name on the hub. An
+            unreachable hub is noticed within seconds, and the local cache is used if it holds the model.
+        kind: "sequence_classification", "causal_lm" or "image_classification".
+        num_labels: size of the classification head; None keeps the checkpoint's. Means nothing to "causal_lm".
+        dtype: name of a floating type of torch; what the file holds is converted.
+        dropout: probability in [0, 1) that every dropout of the model gets.
+        seed: of the new head.
+    Raises:
+        UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
+            of another kind, an unreachable hub.
+    """
+    auto_class, architectures = _known(kind, "kind", _AUTO_CLASSES)
+    float_type = _float_type(dtype)
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
+    source, cached_only = _locate(path)
+    options = {"local_files_only": cached_only, "trust_remote_code": False}
+    with _quiet_transformers(), _explained(path):
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        _check_kind(path, config, kind, architectures)
+        _set_dropout(config, dropout)
+        if num_labels is not None and kind != "causal_lm":
+            config.num_labels = num_labels
+        processor = _processor(source, kind, config, options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = auto_class.from_pretrained(
+                source,
+                config=config,
+                dtype=float_type,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+    new_head = _new_head(path, model, report)
+    if kind != "image_classification":
+        _check_vocabulary(path, processor, model)
+    return LoadedModel(model.eval(), processor, new_head)
+
+
+def _known(value: str, name: str, choices: dict) -> tuple:
+    if value not in choices:
+        raise UserError(f"Unknown {name}={value!r}: expected one of {', '.join(choices)}.")
+    return choices[value]
+
+
+def _float_type(dtype: str) -> torch.dtype:
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise UserError(
+            f"Unknown dtype={dtype!r}: expected a floating type of torch, such as model.dtype=float32 or bfloat16."
+        )
+    return found
+
+
+def _locate(path: str) -> tuple[str, bool]:
+    """Where transformers shall look, and whether it must keep off the network."""
+    if path in EMBEDDED:
+        return str(_TINY_FOLDER / path), True
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{path} is not a model folder: it holds no config.json; give model.path a folder written by"
+                " save_pretrained, or a hub name."
+            )
+        return str(folder), True
+    if folder.exists():
+        raise UserError(f"{path} is a file: model.path expects the folder of a model, or a hub name.")
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"{path} does not exist: model.path expects the folder of a model, or a hub name.")
+    reason = _why_hub_fails(path)
+    if reason and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        raise UserError(
+            f"Model {path!r} is neither a folder here nor to be had from the Hugging Face hub ({reason}): give"
+            " model.path=<folder>, or connect to the network, or fill the hub's cache (HF_HOME) elsewhere and set"
+            " HF_HUB_OFFLINE=1."
+        )
+    return path, reason is not None
+
+
+def _why_hub_fails(name: str) -> str | None:
+    """One request to the hub; None if it knows the model, else the reason in a few words."""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set and the cache does not hold it"
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except HFValidationError:
+        raise UserError(f"{name!r} is neither a folder here nor a possible hub name: check model.path.") from None
+    except GatedRepoError:
+        return "it is gated: accept its terms there and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        return "no such model, or a private one"
+    except Exception as error:  # the hub's client changes its HTTP library, and with it the type, between versions
+        return f"{type(error).__name__}: {_one_line(error)}"
+    return None
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns what the libraries raise for unreadable files into one sentence with the path and the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _BAD_FILES as error:
+        raise UserError(
+            f"Model {path!r} cannot be read ({type(error).__name__}: {_one_line(error)}): its files are damaged,"
+            " incomplete or of another format; fetch it again or give another model.path."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
+    return first.rstrip(".:")[:200]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps bars and load reports off the screen: `new_head` says what they would."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: dict) -> None:
+    wanted = kind.replace("_", " ")
+    if config.model_type not in architectures:
+        raise UserError(
+            f"Model {path!r} is of type {config.model_type!r}, which cannot do {wanted}: choose another model= or"
+            " model.path=, or another task=."
+        )
+    sees_both_sides = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    # transformers would load an encoder as a language model that sees the words it is to predict.
+    if kind == "causal_lm" and sees_both_sides and not (config.is_decoder or config.is_encoder_decoder):
+        raise UserError(
+            f"Model {path!r} is an encoder ({config.model_type}), which sees the words it would have to predict:"
+            " choose a causal language model for this task, such as model=tiny_lm or model=gpt2."
+        )
+
+
+def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
+    """Sets every dropout field, whatever the architecture calls it, in nested configurations too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _set_dropout(value, dropout)
+        elif any(part in name for part in ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")):
+            # None means "as another field" (classifier_dropout); booleans are switches, not probabilities.
+            if not isinstance(value, bool) and (value is None or isinstance(value, int | float)):
+                setattr(config, name, dropout)
+
+
+def _processor(source: str, kind: str, config: PretrainedConfig, options: dict) -> object:
+    if kind == "image_classification":
+        # PIL also where torchvision is installed: its resizing differs, and results must not.
+        return transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"The tokenizer of {source} has neither a pad nor an end token: name one in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _new_head(path: str, model: transformers.PreTrainedModel, report: dict) -> tuple[str, ...]:
+    """Parameters that were drawn afresh, in the model's order; a fresh one in the body is a damaged checkpoint."""
+    fresh = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
+    names = tuple(name for name, _ in model.named_parameters() if name in fresh)
+    body = f"{model.base_model_prefix}."
+    # Checkpoints pretrained without a sentence-level task have no pooler; it is part of a classifier's head.
+    lost = [name for name in names if name.startswith(body) and ".pooler." not in name]
+    if lost:
+        raise UserError(
+            f"Model {path!r} lacks {len(lost)} weights of its body or holds them in another shape, for example"
+            f" {lost[0]}: its files belong to another model; fetch it again or give another model.path."
+        )
+    return names
+
+
+def _check_vocabulary(path: str, tokenizer: object, model: transformers.PreTrainedModel) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer of {path!r} knows {len(tokenizer)} tokens but the model embeds {rows}: they belong to"
+            " different models; give model.path a folder in which they match."
+        )
