@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from privzoo.errors import UserError
-from privzoo.metrics_file import METRICS_NAME, MetricsFile
 from privzoo.files import read_json, write_json
+from privzoo.metrics_file import METRICS_NAME, MetricsFile
 
 PRIVATE_PREFIX = "private/"
 IDS_NAME = "loggers.json"

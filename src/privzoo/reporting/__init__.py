@@ -1,0 +1,1 @@
+"""Readers of run folders: tables and what prints them. Nothing here imports torch."""
