@@ -132,6 +132,12 @@ def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> in
     return low
 
 
+def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool:
+    """True if release `start` was paid for already in this configuration, or can be."""
+    paid = any(entry.release == start and entry.digest == digest for entry in ledger.entries)
+    return paid or affordable(plan, ledger, digest, start) > 0
+
+
 def _grouped(releases: Sequence[Release]) -> Releases:
     return [(release, releases.count(release)) for release in dict.fromkeys(releases)]
 

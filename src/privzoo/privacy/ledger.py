@@ -89,6 +89,19 @@ class Ledger:
         self._append({"kind": "branch", "reason": reason})
         self.branches += 1
 
+    def require(self, made: int) -> None:
+        """Check that the first `made` releases were paid for, as a checkpoint that holds them says.
+
+        Raises:
+            UserError: if some were not; then lines were lost, and with them the true epsilon.
+        """
+        missing = set(range(made)) - {entry.release for entry in self.entries}
+        if missing:
+            raise UserError(
+                f"{self.path} lacks {len(missing)} of the {made} releases that the checkpoint holds: its epsilon can't be "
+                "known; put the whole ledger back, or start a new run."
+            )
+
     def releases(self) -> Releases:
         """All releases paid for, grouped, for an accountant."""
         counts = Counter(Release(e.sample_rate, e.noise_multiplier) for e in self.entries)

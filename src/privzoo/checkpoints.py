@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or absent, stops by Ctrl-C and SIGTERM, and validation in between."""
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from privzoo.errors import RunLost, UserError
+from privzoo.methods.first_order import Interrupted
+
+
+class Checkpoints(Callback):
+    """Saves `last.ckpt` every so many releases, at the end, and when the run is stopped.
+
+    A release that was lost since the last checkpoint is computed again on resume, at no cost in epsilon.
+
+    Args:
+        path: file to replace.
+        every: releases between two checkpoints.
+        seconds_before: training time of earlier sessions; `seconds` counts on from there.
+    """
+
+    def __init__(self, path: Path, every: int, seconds_before: float = 0.0) -> None:
+        self.path = path
+        self.every = every
+        self.saved: int | None = None
+        self._seconds, self._since = seconds_before, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to now, over all sessions."""
+        return self._seconds + time.monotonic() - self._since
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._seconds = state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds, self._since = self.seconds, time.monotonic()
+        self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Interrupted):
+            self._seconds, self._since = self.seconds, time.monotonic()
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Replace the checkpoint by one of this moment.
+
+        Raises:
+            RunLost: if the disk refused; the former checkpoint is kept.
+        """
+        if self.saved == trainer.global_step:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            trainer.save_checkpoint(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its writer
+            temporary.unlink(missing_ok=True)
+            raise RunLost(
+                f"The checkpoint of release {trainer.global_step} could not be written to {self.path} ({error}): make room "
+                f"and go on with resume={self.path.parent}."
+            ) from error
+        self.saved = trainer.global_step
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Raises:
+        UserError: if the file is damaged or cut short.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert "state_dict" in checkpoint and "global_step" in checkpoint
+        return checkpoint
+    except (RuntimeError, EOFError, OSError, KeyError, AssertionError, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(
+            f"{path} is damaged or cut short ({reason}): put back a whole copy, or remove it to compute its releases again "
+            "from the start at no cost in epsilon."
+        ) from error
+
+
+class StopOnSignal(Callback):
+    """The first Ctrl-C or SIGTERM ends the run between two micro-batches, with a checkpoint; a second Ctrl-C at once.
+
+    Lightning would turn Ctrl-C into SystemExit, and nothing after `fit` would run.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def ask(number: int, frame: Any) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            self.received = number
+            pl_module.stop_requested = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, ask)
+
+    def restore(self) -> None:
+        """Give the signals back to who had them."""
+        while self._former:
+            signal.signal(*self._former.popitem())
+
+
+class Validation(Callback):
+    """Scores the model every so many releases; what it logs is about a split that the plan does not protect.
+
+    Args:
+        evaluate: gives the metrics of the model as it is.
+        every: releases between two scores; 0 for none.
+    """
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int) -> None:
+        self.evaluate = evaluate
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every and trainer.global_step % self.every == 0:
+            metrics = {f"validation/{name}": value for name, value in self.evaluate().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)

@@ -1,0 +1,56 @@
+"""Epsilon along a run, and the public curves."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from privzoo.privacy.plan import PrivacyPlan
+
+POINTS = 20
+
+
+class EpsilonCurve:
+    """Epsilon after t releases of a plan, at `POINTS` places; in between the next place's, so never too little.
+
+    Args:
+        plan: whose releases are made in order. Releases that a resume charged twice are not in it: the ledger's figure at
+            the end of the run is the one that counts.
+    """
+
+    def __init__(self, plan: PrivacyPlan) -> None:
+        self.plan = plan
+        self._known: dict[int, float] = {0: 0.0}
+
+    def __call__(self, releases: int) -> float:
+        place = -(-releases * POINTS // self.plan.steps) if releases else 0
+        if place not in self._known:
+            count = min(self.plan.steps, -(-place * self.plan.steps // POINTS))
+            self._known[place] = self.plan.epsilon_after(count)
+        return self._known[place]
+
+
+class Curves(Callback):
+    """Logs each release: epsilon, learning rate, speed from the expected batch; loggers drop `private/…` by default.
+
+    Args:
+        epsilon_at: releases to epsilon.
+    """
+
+    def __init__(self, epsilon_at: EpsilonCurve) -> None:
+        self.epsilon_at = epsilon_at
+        self.plan = epsilon_at.plan
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first, self.since = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
+        values = {"lr": pl_module.lr * pl_module.lr_factor(step - 1), "examples_per_s": speed, **pl_module.private_metrics}
+        if self.plan.private:
+            values["epsilon"] = self.epsilon_at(step)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)

@@ -1,0 +1,243 @@
+"""One run from configuration to result: the only place where all parts meet."""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+
+from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
+from privzoo.composition import build
+from privzoo.curves import Curves, EpsilonCurve
+from privzoo.errors import Stopped
+from privzoo.files import write_json
+from privzoo.identity import digest_of_run, first_record
+from privzoo.methods.first_order import FirstOrder, Interrupted
+from privzoo.models.loading import LoadedModel
+from privzoo.privacy.accounting import epsilon_spent
+from privzoo.privacy.callback import PrivacyCallback, makeable
+from privzoo.privacy.card import privacy_card
+from privzoo.privacy.ledger import Ledger
+from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.plan import PrivacyPlan, default_delta
+from privzoo.privacy.preflight import check_engine, refuse_coupling_modules
+from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
+from privzoo.privacy.streams import RunKey
+from privzoo.progress import Progress
+from privzoo.results import RunRecord, peak_memory_bytes, write_record
+from privzoo.run_folder import RunFolder
+from privzoo.run_loggers import RunLogger, build_loggers
+from privzoo.tasks.base import Task
+
+
+def run(folder: RunFolder) -> RunRecord:
+    """Fine-tune as the folder's configuration says, from the start or from its last checkpoint, and write the result.
+
+    Raises:
+        UserError: for what is wrong with data, model, plan or set-up, before the first release; a new folder is removed.
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint to go on from.
+        RunLost: if the disk is full.
+    """
+    _quiet_libraries()
+    cfg = folder.cfg
+    task: Task = build(cfg.task)
+    task.load(cfg.data_root)
+    plan = make_plan(cfg, task.num_examples)
+    loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
+    task.prepare(loaded.processor)
+    if not folder.is_new:
+        return _train(folder, task, plan, loaded)
+    seed = cfg.privacy.noise_seed
+    folder.create(RunKey.fresh() if seed is None else RunKey.for_tests(seed))
+    try:
+        return _train(folder, task, plan, loaded)
+    except BaseException:
+        if folder.ledger.stat().st_size == 0:  # no release was made: nothing is lost
+            folder.discard()
+        raise
+
+
+def make_plan(cfg: DictConfig, num_examples: int) -> PrivacyPlan:
+    """The plan of a configuration: epsilon or noise_multiplier given, delta by default below 1 / (2N)."""
+    return PrivacyPlan(
+        num_examples=num_examples,
+        batch_size=cfg.batch_size,
+        epochs=cfg.epochs,
+        delta=default_delta(num_examples) if cfg.delta is None else cfg.delta,
+        epsilon=None if cfg.eps is None else float(cfg.eps),
+        clip_norm=float(cfg.clip_norm),
+        noise_multiplier=cfg.privacy.noise_multiplier,
+    )
+
+
+def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel) -> RunRecord:
+    cfg, device = folder.cfg, _device(folder.cfg)
+    key = RunKey.load(folder.key, is_test_key=cfg.privacy.noise_seed is not None)
+    with Ledger(folder.ledger) as ledger:
+        checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint.exists() else None
+        start = checkpoint["global_step"] if checkpoint else 0
+        digest = digest_of_run(cfg, task, loaded.model, ledger, device, checkpoint)
+        mechanism = GaussianMechanism(plan, key, digest)
+        method: FirstOrder = build(cfg.method)(
+            model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
+        )
+        method.to(device)
+        if cfg.privacy.checks:
+            _check_before(method, cfg, device)
+        record = folder.record
+        if record is None:
+            record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
+        if checkpoint:
+            method.on_load_checkpoint(checkpoint)
+            method.load_state_dict(checkpoint["state_dict"])
+        record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0))
+        write_record(folder.path, record)
+        loggers = _loggers(folder, start)
+        try:
+            if start < plan.steps and makeable(plan, ledger, digest, start):
+                record = _fit(folder, method, ledger, record, start, loggers)
+            record = _finish(folder, method, ledger, loaded.processor, record, device)
+        except Interrupted as stop:
+            record = replace(stop.args[0], state="interrupted")
+            write_record(folder.path, record)
+            raise _stopped(folder, record, stop.args[1]) from None
+        finally:
+            for logger in loggers:
+                logger.finish(record.to_json())
+    folder.key.unlink()
+    return record
+
+
+def _fit(
+    folder: RunFolder, method: FirstOrder, ledger: Ledger, record: RunRecord, start: int, loggers: list[RunLogger]
+) -> RunRecord:
+    """All releases that are left; returns the record with what was reached.
+
+    Raises:
+        Interrupted: with the record so far and the signal's number.
+    """
+    cfg, task, mechanism = folder.cfg, method.task, method.mechanism
+    plan, epsilon_at = mechanism.plan, EpsilonCurve(mechanism.plan)
+    draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
+    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size)
+    checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
+    callbacks = [
+        PrivacyCallback(plan, ledger, mechanism.digest),
+        Curves(epsilon_at),
+        Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every),
+        checkpoints,
+        stop,
+        *([Progress(plan, epsilon_at)] if cfg.trainer.progress else []),
+    ]
+    trainer = Trainer(
+        accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision, max_epochs=1, logger=loggers,
+        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder.path,
+    )  # fmt: skip
+    try:
+        trainer.fit(method, private_loader(batches, start), ckpt_path=folder.checkpoint if start else None)
+    except Interrupted:
+        so_far = _reached(record, plan, ledger, trainer.global_step, start, checkpoints.seconds)
+        raise Interrupted(so_far, stop.received) from None
+    finally:
+        stop.restore()
+    return _reached(record, plan, ledger, trainer.global_step, start, checkpoints.seconds)
+
+
+def _reached(
+    record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, start: int, seconds: float
+) -> RunRecord:
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return replace(
+        record,
+        steps=steps,
+        epsilon_spent=epsilon_spent(ledger.releases(), plan.delta) if record.private else None,
+        wall_s=seconds,
+        examples_per_s=steps * plan.batch_size / seconds,
+        peak_memory_bytes=peak_memory_bytes(peak),
+    )
+
+
+def _finish(
+    folder: RunFolder, method: FirstOrder, ledger: Ledger, processor: Any, record: RunRecord, device: torch.device
+) -> RunRecord:
+    """Score the last step, save model, card and record; the record comes last, and makes the run a finished one."""
+    plan = method.mechanism.plan
+    metrics = evaluate_now(method, folder.cfg, device)
+    save_model(folder.model, method.model, processor)
+    card = privacy_card(plan, ledger, method.mechanism.key.is_test_key, folder.cfg.logger.private)
+    write_json(folder.card, card)
+    state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
+    record = replace(record, state=state, metrics=metrics, epsilon_spent=card["epsilon_spent"])
+    write_record(folder.path, record)
+    return record
+
+
+def save_model(path: Path, model: Any, processor: Any) -> None:
+    """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def evaluate_now(method: FirstOrder, cfg: DictConfig, device: torch.device) -> dict[str, float]:
+    """The task's metrics of the model as it is, on the validation split."""
+    batches = validation_batches(method.task, cfg.microbatch_size, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+        return method.task.evaluate(method.model, batches)
+
+
+def validation_batches(task: Task, microbatch_size: int, device: torch.device) -> Iterator[MicroBatch]:
+    """The whole validation split in micro-batches of like length, on the device."""
+    order = sorted(range(len(task.validation)), key=lambda i: task.length(task.validation[i]))
+    for first in range(0, len(order), microbatch_size):
+        rows = [task.validation[i] for i in order[first : first + microbatch_size]]
+        yield {name: value.to(device) for name, value in task.collate(rows).items()}
+
+
+def _check_before(method: FirstOrder, cfg: DictConfig, device: torch.device) -> None:
+    task = method.task
+    refuse_coupling_modules(method.model)
+
+    def losses(batch: MicroBatch) -> torch.Tensor:
+        return task.losses(method.model, {name: value.to(device) for name, value in batch.items()})
+
+    check_engine(method.engine, method.model, losses, task.train, task.collate, float(cfg.clip_norm))
+
+
+def _device(cfg: DictConfig) -> torch.device:
+    probe = Trainer(accelerator=cfg.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)
+    return probe.strategy.root_device
+
+
+def _loggers(folder: RunFolder, start: int) -> list[RunLogger]:
+    options = folder.plain_config()["logger"]
+    private = options.pop("private")
+    resume_step = start if folder.record else None
+    return build_loggers(folder.path, folder.plain_config(), private=private, resume_step=resume_step, **options)
+
+
+def _stopped(folder: RunFolder, record: RunRecord, number: int) -> Stopped:
+    spent = f" with epsilon={record.epsilon_spent:.3g} spent" if record.epsilon_spent is not None else ""
+    return Stopped(
+        f"stopped after release {record.steps} of {record.steps_planned}{spent}; go on with: "
+        f"python -m privzoo.train resume={folder.path}",
+        number,
+    )
+
+
+def _quiet_libraries() -> None:
+    """Our own lines tell what matters; these would tell a user of a private run to change what must not change."""
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*mid-epoch.*", ".*val_dataloader.*"):
+        warnings.filterwarnings("ignore", message)
