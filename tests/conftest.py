@@ -52,15 +52,22 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every connection but to this machine fails at once, as with the cable pulled."""
-    connect = socket.socket.connect
+    """Every connection but to this machine fails at once, and so does the look-up of a name: the cable is pulled."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def guarded(self: socket.socket, address: object) -> None:
         if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):  # type: ignore[index]
             raise OSError(errno.ENETUNREACH, "the network is off in tests")
         connect(self, address)  # type: ignore[arg-type]
 
+    def guarded_look_up(host: str | bytes | None, *args: object, **kwargs: object) -> object:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name and not name.startswith(LOOPBACK):
+            raise socket.gaierror(socket.EAI_AGAIN, "the network is off in tests")
+        return look_up(host, *args, **kwargs)  # type: ignore[arg-type]
+
     monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
 
 
 @pytest.fixture
