@@ -197,11 +197,14 @@ def test_what_a_constructor_refuses_is_a_sentence_and_what_breaks_in_it_a_bug(co
 
 
 def test_a_bug_while_handling_a_users_mistake_is_a_bug():
-    with pytest.raises(ZeroDivisionError), exit_on_error():
+    def clumsy() -> None:
         try:
             raise UserError("a mistake")
         except UserError:
-            1 / 0  # noqa: B018
+            raise ZeroDivisionError("a bug")  # noqa: B904 - the context is the point
+
+    with pytest.raises(ZeroDivisionError), exit_on_error():
+        clumsy()
 
 
 def test_help_and_cfg_show_and_run_nothing(command):
