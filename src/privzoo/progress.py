@@ -16,6 +16,7 @@ REDRAW_S = 0.25  # least time between two redraws of the bar
 LINE_S = 30.0  # longest time between two lines where there is no terminal
 LINE_SHARE = 0.1  # a line at each tenth of the run, too
 EPSILON_SHARE = 0.05  # at most this share of the time goes into computing epsilon
+BAR_WIDTH = 8
 SMOOTHING = 0.9  # of private/loss, a release
 
 
@@ -65,7 +66,12 @@ class Progress(Callback):
         self._drawn, self._drawn_at_step = self._since, self._first
         if self._out.is_terminal:
             text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-            self._bar = Bar(BarColumn(bar_width=12), text, console=self._out, refresh_per_second=4)
+            self._bar = Bar(
+                BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),
+                text,
+                console=self._out,
+                refresh_per_second=4,
+            )
             self._task: TaskID = self._bar.add_task("", total=self.plan.steps, completed=self._first)
             self._bar.start()
         self._draw(trainer)
@@ -103,35 +109,39 @@ class Progress(Callback):
     def _draw(self, trainer: Trainer) -> None:
         step = trainer.global_step
         self._drawn, self._drawn_at_step = time.monotonic(), step
-        parts = [f"release {step:,}/{self.plan.steps:,}", self._epsilon_text(step), *self._speed(step)]
-        parts += self._metric_text(trainer)
+        shows_private = self._bar is not None and self._loss is not None
+        left, speed = self._speed(step)
+        private = f"private/loss {self._loss:.3f}" if shows_private else ""
+        release = f"release {step:,}/{self.plan.steps:,}"
+        # Least wanted last: that is what a narrow terminal cuts off.
+        parts = (release, self._epsilon_text(step), left, self._metric_text(trainer), private, speed)
+        text = " · ".join(part for part in parts if part)
         if self._bar is None:
-            self._out.print(" · ".join(part for part in parts if part), highlight=False, soft_wrap=True)
-            return
-        if self._loss is not None:
-            parts.append(f"private/loss {self._loss:.3f}")
-        self._bar.update(self._task, completed=step, description=" · ".join(part for part in parts if part))
+            self._out.print(text, highlight=False, soft_wrap=True)
+        else:
+            self._bar.update(self._task, completed=step, description=text)
 
     def _epsilon_text(self, step: int) -> str:
         if self.plan.epsilon == float("inf"):
             return "non-private"
         began = time.monotonic()
         if began >= self._ask_after or step == self.plan.steps:
-            self._epsilon = f"ε {self.epsilon_at(step):.2f} of {number(self.plan.epsilon)}"
+            self._epsilon = f"ε {self.epsilon_at(step):.2f}/{number(self.plan.epsilon)}"
             ended = time.monotonic()
             self._ask_after = ended + (ended - began) / EPSILON_SHARE
         return self._epsilon
 
-    def _speed(self, step: int) -> list[str]:
+    def _speed(self, step: int) -> tuple[str, str]:
+        """Time left and examples a second; empty before the first release of this process."""
         made, taken = step - self._first, time.monotonic() - self._since
         if made == 0:
-            return []
+            return "", ""
         left = (self.plan.steps - step) * taken / made
-        return [f"{duration(left)} left", f"{made * self.plan.batch_size / taken:,.0f} examples/s"]
+        return f"{duration(left)} left", f"{made * self.plan.batch_size / taken:,.0f} ex/s"
 
-    def _metric_text(self, trainer: Trainer) -> list[str]:
+    def _metric_text(self, trainer: Trainer) -> str:
         metrics = trainer.callback_metrics
         name = self.metric or next((name for name in metrics if name.startswith("validation/")), None)
         if name is None or name not in metrics:
-            return []
-        return [f"{name.removeprefix('validation/')} {number(float(metrics[name]))}"]
+            return ""
+        return f"{name.removeprefix('validation/')} {number(float(metrics[name]))}"

@@ -11,6 +11,8 @@ from typing import Any
 from privzoo.errors import UserError
 from privzoo.run_loggers.base import RunLogger, kept_id, require_package
 
+INIT_TIMEOUT_S = 15  # an unreachable server costs this once, then the run goes on offline
+FINISH_TIMEOUT_S = 60
 _MODES = ("auto", "online", "offline", "disabled")
 _log = logging.getLogger(__name__)
 
@@ -80,12 +82,18 @@ class WandbLogger(RunLogger):
                 dir=str(self.folder),
                 config=dict(self.config),
                 mode=mode,
-                settings=_settings(console="off", x_disable_stats=not self.private, init_timeout=15, finish_timeout=60),
+                settings=_settings(
+                    console="off",
+                    x_disable_stats=not self.private,
+                    init_timeout=INIT_TIMEOUT_S,
+                    finish_timeout=FINISH_TIMEOUT_S,
+                ),
             )
         except wandb.errors.Error as error:
             if mode != "online" or self._mode == "online":
                 raise UserError(f"logger=wandb failed ({error}); check logger.wandb or choose logger=csv.") from error
             _log.warning("W&B cannot be reached (%s); going on offline.", str(error).splitlines()[0])
+            wandb.teardown()  # its service holds on to the run id of the attempt
             return self._init("offline")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
