@@ -152,7 +152,8 @@ def print_table(table: Table, console: Console | None = None) -> None:
     """Prints to the terminal, or, where there is none, without colour and as wide as the table wants to be."""
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, console.measure(table).maximum)
+        wanted = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console.width = max(console.width, wanted)
     console.print(table)
 
 
