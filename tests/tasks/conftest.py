@@ -1,8 +1,5 @@
 """A small vocabulary, two tokenizers and two float64 models that no file is needed for."""
 
-import os
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -139,9 +136,6 @@ def gradients():
 
 
 @pytest.fixture
-def shared():
-    """The folder of real data and weights, or a skip that says why."""
-    place = Path(os.environ.get("PRIVZOO_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    if not place.is_dir():
-        pytest.skip(f"{place} is absent: set PRIVZOO_SHARED")
-    return place
+def batches():
+    """batches(rows, size): lists of `size` rows; the last one is what is left."""
+    return lambda rows, size: [[rows[i] for i in range(len(rows))[k : k + size]] for k in range(0, len(rows), size)]

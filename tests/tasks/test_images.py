@@ -1,0 +1,196 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from privzoo.errors import UserError
+from privzoo.tasks.data import HubData
+from privzoo.tasks.images import ImageClassification
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+LABELS = [0, 1, 2, 1, 0]
+
+
+def png(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def cells(blobs):
+    return pa.array([{"bytes": blob, "path": None} for blob in blobs])
+
+
+@pytest.fixture
+def processor():
+    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    return ViTForImageClassification(config).double()
+
+
+@pytest.fixture
+def ready(source, folder, processor):
+    def of(images, labels=LABELS):
+        task = ImageClassification("t", source, "img", "y", 3)
+        rows = {"img": images, "y": labels}
+        task.load(folder(train=rows, validation=rows))
+        task.prepare(processor)
+        return task
+
+    return of
+
+
+@pytest.fixture
+def task(ready):
+    return ready(cells(map(png, PIXELS)))
+
+
+def expected_pixels(pixels):
+    return ((pixels / 255 - 0.5) / 0.25).transpose(2, 0, 1)
+
+
+def in_double(batch):
+    return {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
+
+
+@pytest.mark.parametrize("form", ["struct", "bytes", "tensor"])
+def test_every_form_gives_the_pixels(ready, form):
+    images = {
+        "struct": cells(map(png, PIXELS)),
+        "bytes": pa.array(list(map(png, PIXELS))),
+        "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(PIXELS),
+    }[form]
+    task = ready(images)
+    assert task.num_examples == len(task.train) == len(task.validation) == 5
+    for row, pixels, label in zip(task.train, PIXELS, LABELS, strict=True):
+        assert row["label"] == label
+        np.testing.assert_allclose(row["pixel_values"], expected_pixels(pixels), atol=1e-6)
+    with pytest.raises(IndexError):
+        task.train[5]
+
+
+def test_grey_and_transparent_images_become_rgb(ready):
+    grey = np.full((8, 8), 200, np.uint8)
+    alpha = np.dstack([PIXELS[0], np.full((8, 8), 255, np.uint8)])
+    task = ready(cells([png(grey), png(alpha)]), [0, 1])
+    np.testing.assert_allclose(task.train[0]["pixel_values"], expected_pixels(np.dstack([grey] * 3)), atol=1e-6)
+    np.testing.assert_allclose(task.train[1]["pixel_values"], expected_pixels(PIXELS[0]), atol=1e-6)
+
+
+def test_collate(task):
+    batch = task.collate([task.train[2], task.train[0]])
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["pixel_values"].dtype == torch.float32
+    np.testing.assert_allclose(batch["pixel_values"][0], expected_pixels(PIXELS[2]), atol=1e-6)
+    assert batch["labels"].tolist() == [2, 0]
+    assert {task.length(row) for row in task.train} == {1}
+
+
+def test_losses_and_gradients_are_each_rows_own(task, vit, gradients):
+    reference = task.losses(vit, in_double(task.collate([task.train[0], task.train[1]])))
+    expected = gradients(reference, vit)[0]
+    for other in (2, 3):
+        losses = task.losses(vit, in_double(task.collate([task.train[0], task.train[other]])))
+        assert torch.equal(losses[0], reference[0])
+        assert torch.equal(gradients(losses, vit)[0], expected)
+    alone = in_double(task.collate([task.train[0]]))
+    log_probabilities = vit(alone["pixel_values"]).logits[0].log_softmax(0)
+    torch.testing.assert_close(reference[0], -log_probabilities[LABELS[0]], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(task.losses(vit, alone), vit)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_evaluate_equals_one_row_at_a_time(task, vit, batches):
+    right, loss = 0, 0.0
+    for row in task.validation:
+        logits = vit(torch.from_numpy(row["pixel_values"])[None].double()).logits[0]
+        right += int(logits.argmax() == row["label"])
+        loss -= logits.log_softmax(0)[row["label"]].item() / 5
+    loader = (in_double(task.collate(rows)) for rows in batches(task.validation, 2))
+    scores = task.evaluate(vit.train(), loader)
+    assert scores == {"accuracy": right / 5, "loss": pytest.approx(loss, abs=1e-12)}
+    assert vit.training
+
+
+def test_fingerprint(ready):
+    base = ready(cells(map(png, PIXELS))).fingerprint()
+    assert ready(cells(map(png, PIXELS))).fingerprint() == base
+    changed = PIXELS.copy()
+    changed[3, 0, 0, 0] ^= 1
+    others = [
+        ready(cells(map(png, changed))).fingerprint(),
+        ready(cells(map(png, PIXELS)), [0, 1, 2, 1, 1]).fingerprint(),
+        ready(cells(map(png, PIXELS[::-1])), LABELS[::-1]).fingerprint(),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_bytes_that_are_no_image_fail_at_load(ready):
+    with pytest.raises(UserError, match=r"t \(train split\), row 1 cannot be decoded \(not a picture file"):
+        ready(cells([png(PIXELS[0]), b"hello"]), [0, 1])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_cut_short_fails_when_it_is_met(ready, kind):
+    blob = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), kind)
+    task = ready(cells([png(PIXELS[0]), blob[: len(blob) // 2]]), [0, 1])
+    task.train[0]
+    with pytest.raises(UserError, match=r"t \(train split\), row 1 cannot be decoded"):
+        task.train[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (
+            pa.array([{"bytes": b"x", "path": "a"}, {"bytes": None, "path": "b.png"}]),
+            "row 1: 'img' holds no image bytes",
+        ),
+        (pa.array([None, None], pa.binary()), "row 0: 'img' holds no image bytes"),
+        (pa.array(["a.png", "b.png"]), "'img' holds string, expected picture files"),
+        (pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 4, 4, 3), np.float32)), "'img' holds .*tensor"),
+    ],
+)
+def test_columns_that_are_no_images(ready, images, expected):
+    with pytest.raises(UserError, match=expected):
+        ready(images, [0, 1])
+
+
+def test_no_processor_and_too_few_classes(source, folder):
+    task = ImageClassification("t", source, "img", "y", 3)
+    rows = {"img": cells([png(PIXELS[0])]), "y": [0]}
+    task.load(folder(train=rows, validation=rows))
+    with pytest.raises(UserError, match="no image processor"):
+        task.prepare(None)
+    with pytest.raises(UserError, match="num_labels=1"):
+        ImageClassification("t", source, "img", "y", 1)
+
+
+@pytest.mark.shared
+def test_real_cifar10(shared, processor):
+    source = HubData("uoft-cs/cifar10", None, "cifar10_jpeg", {"train": "test", "validation": "test"})
+    task = ImageClassification("cifar10", source, "img", "label", 10)
+    task.load(str(shared / "data"))
+    task.prepare(processor)
+    assert task.num_examples == 10_000
+    assert task.collate([task.train[i] for i in range(3)])["pixel_values"].shape == (3, 3, 8, 8)
