@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
+from transformers.utils import logging as transformers_logging
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
 from privzoo.composition import build
@@ -87,7 +88,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         method: FirstOrder = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
         )
-        method.to(device)
+        method.to(device).train()
         if cfg.privacy.checks:
             _check_before(method, cfg, device)
         record = folder.record
@@ -95,7 +96,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
             record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
         if checkpoint:
             method.on_load_checkpoint(checkpoint)
-            method.load_state_dict(checkpoint["state_dict"])
+            method.load_state_dict(checkpoint["state_dict"], strict=False)  # the trained part; the rest is the base
         record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0))
         write_record(folder.path, record)
         loggers = _loggers(folder, start)
@@ -237,7 +238,8 @@ def _stopped(folder: RunFolder, record: RunRecord, number: int) -> Stopped:
 
 def _quiet_libraries() -> None:
     """Our own lines tell what matters; these would tell a user of a private run to change what must not change."""
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*mid-epoch.*", ".*val_dataloader.*"):
-        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", module="lightning")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -15,11 +15,13 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache, reduce
 from importlib.metadata import version
 from pathlib import Path
 
 import dp_accounting
-from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from scipy import optimize
 
 from privzoo.errors import UserError
@@ -41,14 +43,14 @@ class Release:
 Releases = Sequence[tuple[Release, int]]
 
 
-def _event(releases: Releases) -> dp_accounting.DpEvent:
-    composed = []
-    for release, count in releases:
-        event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(release.noise_multiplier)
-        if release.sample_rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(release.sample_rate, event)
-        composed.append(dp_accounting.SelfComposedDpEvent(event, count))
-    return dp_accounting.ComposedDpEvent(composed)
+@lru_cache(maxsize=8)  # making one takes most of the time; composing it with itself takes little
+def _loss_distribution(release: Release, grid: float) -> PrivacyLossDistribution:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        release.noise_multiplier,
+        value_discretization_interval=grid,
+        sampling_prob=release.sample_rate,
+        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
 
 
 def epsilon_spent(releases: Releases, delta: float, grid: float = CALIBRATION_GRID) -> float:
@@ -66,11 +68,8 @@ def epsilon_spent(releases: Releases, delta: float, grid: float = CALIBRATION_GR
         return 0.0
     if any(release.noise_multiplier == 0 for release, _ in releases):
         return math.inf
-    accountant = pld_privacy_accountant.PLDAccountant(
-        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid
-    )
-    accountant.compose(_event(releases))
-    return float(accountant.get_epsilon(delta))
+    composed = [_loss_distribution(release, grid).self_compose(count) for release, count in releases]
+    return float(reduce(PrivacyLossDistribution.compose, composed).get_epsilon_for_delta(delta))
 
 
 def cross_check(releases: Releases, delta: float) -> dict[str, float]:

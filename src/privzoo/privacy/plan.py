@@ -180,7 +180,6 @@ class PrivacyPlan:
             "steps": self.steps,
             "sample_rate": self.sample_rate,
             "sampling": "poisson",
-            "private": self.private,
             "delta_times_num_examples": self.delta * self.num_examples,
         }  # fmt: skip
         del record["then"]
