@@ -66,6 +66,7 @@ def fail_with(error: BaseException) -> Callable[[DictConfig], None]:
         (["trainer.device=1"], ["Unknown key 'trainer.device'", "'trainer.devices'"]),
         (["trainer.gradient_clip_val=1"], ["'trainer.gradient_clip_val'", "'clip_norm'"]),
         (["progress=false"], ["Unknown key 'progress'", "'trainer.progress'"]),
+        (["trainer.oops=1"], ["'trainer.oops': trainer takes accelerator, precision"]),
         (["zzz=1"], ["Unknown key 'zzz'. ", "--cfg job"]),
         (["task=sst3"], ["task 'sst3' does not exist", "sst2, toy_images", "Did you mean 'sst2'?"]),
         (["method=dp_ful"], ["method 'dp_ful' does not exist", "'dp_full'"]),

@@ -209,10 +209,17 @@ def _of_hydra(error: BaseException, config_name: str) -> str:
 
 def _unknown_key(key: str, config_name: str) -> str:
     known = _dotted(OmegaConf.to_container(compose(config_name=config_name), resolve=False))
-    last = key.rpartition(".")[2]
-    near = [OTHER_NAMES[last]] if last in OTHER_NAMES else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [name for name in known if name.rpartition(".")[2] == last]
-    hint = f": did you mean '{near[0]}'?" if near else "."
+    group, _, last = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    near = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
+    near += [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    near += [name for name in known if name.rpartition(".")[2] == last]
+    if near:
+        hint = f": did you mean '{near[0]}'?"
+    elif group and siblings:
+        hint = f": {group} takes {', '.join(siblings)}."
+    else:
+        hint = "."
     return f"Unknown key '{key}'{hint} `--cfg job` shows all keys."
 
 
