@@ -45,7 +45,7 @@ def run(folder: RunFolder) -> RunRecord:
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint to go on from.
         RunLost: if the disk is full.
     """
-    _quiet_libraries()
+    quiet_libraries()
     cfg = folder.cfg
     task: Task = build(cfg.task)
     task.load(cfg.data_root)
@@ -59,7 +59,7 @@ def run(folder: RunFolder) -> RunRecord:
     try:
         return _train(folder, task, plan, loaded)
     except BaseException:
-        if folder.ledger.stat().st_size == 0:  # no release was made: nothing is lost
+        if folder.ledger.exists() and folder.ledger.stat().st_size == 0:  # no release was made: nothing is lost
             folder.discard()
         raise
 
@@ -236,7 +236,7 @@ def _stopped(folder: RunFolder, record: RunRecord, number: int) -> Stopped:
     )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own lines tell what matters; these would tell a user of a private run to change what must not change."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -119,30 +119,22 @@ class _Interception(TorchFunctionMode):
         self.expanded = False
         self.leaves: list[tuple[str, torch.Size, Tensor]] = []
         self.anchor = torch.zeros((), requires_grad=True, device=next(iter(parameters.values())).device)
-        self.handlers: dict[Any, Callable[..., Tensor]] = {
-            F.linear: self._linear,
-            torch.addmm: self._addmm,
-            F.embedding: self._embedding,
-            F.layer_norm: self._layer_norm,
-            torch.conv2d: self._conv2d,
-            Tensor.expand: self._expand,
-        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.rows is None and func in self.handlers and func is not Tensor.expand:
+        if self.rows is None and func in HANDLERS and func is not Tensor.expand:
             data = args[1] if func is torch.addmm else args[0]
             self.rows = data.shape[0]
         used = [self.names[id(a)] for a in tree_leaves((args, kwargs)) if id(a) in self.names]
         if not used:
             return func(*args, **kwargs)
-        if func in self.handlers or func in ELEMENTWISE:
+        if func in HANDLERS or func in ELEMENTWISE:
             if not torch.is_grad_enabled():
                 raise UnsupportedUse(
                     f"{used[0]} is used where gradients are off (reentrant gradient checkpointing?): turn checkpointing off."
                 )
-            handler = self.handlers.get(func)
-            return handler(*args, **kwargs) if handler else self._elementwise(func, used, args, kwargs)
+            handler = HANDLERS.get(func)
+            return handler(self, *args, **kwargs) if handler else self._elementwise(func, used, args, kwargs)
         output = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
             raise UnsupportedUse(
@@ -290,3 +282,15 @@ class _Interception(TorchFunctionMode):
     def _refuse_as_data(self, input: Tensor, operation: str) -> None:
         if self._name(input):
             raise UnsupportedUse(f"{self._name(input)} is the data of {operation}: BookKeeping cannot treat that.")
+
+
+# Functions, not bound methods of an interception: a reference cycle would keep a micro-batch's activations alive until
+# the garbage collector comes by.
+HANDLERS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _Interception._linear,
+    torch.addmm: _Interception._addmm,
+    F.embedding: _Interception._embedding,
+    F.layer_norm: _Interception._layer_norm,
+    torch.conv2d: _Interception._conv2d,
+    Tensor.expand: _Interception._expand,
+}
