@@ -73,6 +73,15 @@ def test_killed_and_resumed_at_any_step_equals_the_straight_run(tmp_path, killed
     assert path.read_bytes() == (tmp_path / "straight.csv").read_bytes()
 
 
+def test_a_column_of_dropped_rows_alone_is_dropped_with_them(tmp_path):
+    path = tmp_path / "metrics.csv"
+    table = MetricsFile(path)
+    table.add(1, {"lr": 0.1})
+    table.add(2, {"validated": 0.5})  # the resumed run validates less often
+    MetricsFile(path, resume_step=1).add(2, {"lr": 0.2, "other": 1.0})
+    assert lines(path) == ["step,lr,other", "1,0.1,", "2,0.2,1.0"]
+
+
 def test_without_a_resume_step_nothing_is_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
     run(MetricsFile(path), range(1, 5))

@@ -112,15 +112,17 @@ def scalars(folder, name):
 
 def test_tensorboard_is_readable_at_once_and_drops_what_a_resume_recomputes(tmp_path):
     logger = build_loggers(tmp_path, CONFIG, tensorboard={})[1]
-    for step in (1, 2, 3):
-        logger.log_metrics({"epsilon": step / 10}, step=step)
-    assert scalars(tmp_path, "epsilon")[1] == [(1, 0.1), (2, 0.2), (3, 0.3)]  # though nothing was closed
+    for step in range(1, 101):
+        logger.log_metrics({"epsilon": step / 100}, step=step)
+    assert scalars(tmp_path, "epsilon")[1] == [
+        (step, step / 100) for step in range(1, 101)
+    ]  # though nothing was closed
     resumed = build_loggers(tmp_path, CONFIG, tensorboard={}, resume_step=1)[1]
     for step in (2, 3):
         resumed.log_metrics({"epsilon": step / 5}, step=step)
     resumed.finish(RECORD)
     events, curve = scalars(tmp_path, "epsilon")
-    assert curve == [(1, 0.1), (2, 0.4), (3, 0.6)]
+    assert curve == [(1, 0.01), (2, 0.4), (3, 0.6)]
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "| task.name | toy_text |" in texts["config/text_summary"]
     assert "| metric/accuracy | 0.875 |" in texts["result/text_summary"]

@@ -33,7 +33,7 @@ class TensorBoardLogger(RunLogger):
         writer = self._open()
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        writer.flush()  # else a kill takes up to two minutes of curve away
+        writer.flush()  # with tensorflow installed, up to two minutes of curve would otherwise be lost by a kill
 
     def _write_summary(self, record: dict[str, Any]) -> None:
         writer = self._open()
