@@ -145,5 +145,6 @@ class Validation(Callback):
     ) -> None:
         if self.every and trainer.global_step % self.every == 0:
             metrics = {f"validation/{name}": value for name, value in self.evaluate().items()}
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -24,7 +24,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 
-def run_id(cfg: DictConfig) -> str:
+def run_id(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     """Eight hexadecimal digits that name what a run computes.
 
     A hash of the resolved configuration without what cannot change the result: logger, data_root, output_dir, resume,
@@ -32,7 +32,7 @@ def run_id(cfg: DictConfig) -> str:
     order of keys does not count.
     """
     content: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("logger", "microbatch_size", *PATHS):
+    for key in ("logger", "microbatch_size", *PATHS, *without):
         content.pop(key, None)
     for key in ("progress", "checkpoint_every"):
         content["trainer"].pop(key, None)

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from privzoo.config import run_id
 from privzoo.privacy.card import why_not_private
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import fingerprint
@@ -99,7 +100,7 @@ def first_record(
     return RunRecord(
         run_id=folder.path.name.rpartition("-")[2],
         run_folder=folder.path.name,
-        group_id=None,
+        group_id=run_id(cfg, without=("seed",)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         state="running",
         task=cfg.choices.task,

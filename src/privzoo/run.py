@@ -109,7 +109,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
             write_record(folder.path, record)
             raise _stopped(folder, record, stop.args[1]) from None
         finally:
-            for logger in loggers:
+            for logger in loggers if ledger.entries else []:
                 logger.finish(record.to_json())
     folder.key.unlink()
     return record

@@ -93,6 +93,7 @@ class FirstOrder(LightningModule):
         clip_norm = self.mechanism.plan.at(batch.release).clip_norm
         sums = zero_sums(self.trainable)
         losses = []
+        self.private_metrics.clear()
         for micro_batch in batch.micro_batches:
             if self.stop_requested:
                 raise Interrupted

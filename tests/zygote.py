@@ -1,0 +1,116 @@
+"""Runs privzoo commands in forked children of one process that has imported everything: real processes, real SIGKILL,
+without eight seconds of imports each.
+
+    python tests/zygote.py      reads one JSON request a line, answers one JSON line
+
+A request: {"module": "privzoo.train", "argv": […], "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"} or
+null, "draws": file or null}. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn
+ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+
+def install_kill(at: str, count: int, when: str) -> None:
+    """SIGKILL this process at the count-th matching call, before or after it takes effect."""
+    call, wanted = at.split(" ")
+    seen = 0
+
+    def due(path: str) -> bool:
+        nonlocal seen
+        seen += Path(path).name == wanted
+        return Path(path).name == wanted and seen == count
+
+    def wrap(original, path_of):
+        def wrapped(*args, **kwargs):
+            hit = due(path_of(*args))
+            if hit and when == "before":
+                if call == "torn":
+                    size = os.fstat(args[0]).st_size
+                    os.ftruncate(args[0], size - 20)
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if hit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    if call in ("fsync", "torn"):
+        os.fsync = wrap(os.fsync, lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
+    elif call in ("replace", "rename"):
+        setattr(os, call, wrap(getattr(os, call), lambda source, target: str(target)))
+    else:
+        os.unlink = wrap(os.unlink, lambda path, **_: str(path))
+
+
+def record_draws(file: str) -> None:
+    """Append (release, identities of the drawn examples) for every draw that the loader makes."""
+    from privzoo.privacy.sampling import PoissonDraws
+
+    draw = PoissonDraws.__call__
+
+    def recorded(self, release):
+        drawn = draw(self, release)
+        with open(file, "a") as out:
+            out.write(json.dumps([release, drawn.tolist()]) + "\n")
+        return drawn
+
+    PoissonDraws.__call__ = recorded
+
+
+def child(request: dict, output: int) -> None:
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = [request["module"], *request["argv"]]
+    if request.get("draws"):
+        record_draws(request["draws"])
+    if request.get("kill"):
+        install_kill(**request["kill"])
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99  # a traceback: never right
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    import lightning
+    import opacus.accountants
+    import transformers
+
+    import privzoo.run  # noqa: F401
+
+    assert lightning and transformers and opacus
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryFile() as output:
+            pid = os.fork()
+            if pid == 0:
+                child(request, output.fileno())
+            if request.get("started"):  # the caller wants to send signals
+                Path(request["started"]).write_text(str(pid))
+            _, status = os.waitpid(pid, 0)
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "output": text}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
