@@ -114,7 +114,7 @@ def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: f
 
 def _holds(excess: Callable[[float], float], noise: float) -> bool:
     """True if `noise` meets the target and does not waste more than 1 % of it."""
-    return noise > 0 and -0.01 < excess(math.log(noise)) <= 0
+    return SMALLEST_NOISE <= noise <= LARGEST_NOISE and -0.01 < excess(math.log(noise)) <= 0
 
 
 def _bracket(excess: Callable[[float], float], epsilon: float) -> tuple[float, float]:

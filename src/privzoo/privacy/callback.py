@@ -153,7 +153,7 @@ def refuse_unsafe(trainer: Trainer, plan: PrivacyPlan, digest: str, mechanism: G
         "gradient_clip_val": (trainer.gradient_clip_val, None, "contributions are clipped one by one, not their noisy sum"),
         "max_epochs": (trainer.max_epochs, 1, "the plan's releases are one pass over the loader"),
         "overfit_batches": (trainer.overfit_batches, 0.0, "it replaces the Poisson sampler"),
-        "limit_train_batches": (trainer.limit_train_batches, 1.0, "it cuts releases that the plan pays for"),
+        "limit_train_batches": (str(trainer.limit_train_batches), "1.0", "it cuts releases that the plan pays for"),
         "fast_dev_run": (bool(trainer.fast_dev_run), False, "it cuts releases that the plan pays for"),
         "world_size": (trainer.world_size, 1, "noise and draws are for one process in this version"),
         "use_distributed_sampler": (
