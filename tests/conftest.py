@@ -1,9 +1,12 @@
 """What all tests share: no network, no settings of the user's, and the real conf/."""
 
 import errno
+import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,34 @@ def run_config(tmp_path: Path):
         return compose([f"output_dir={tmp_path}/runs", "trainer.progress=false", *overrides])
 
     return make
+
+
+class Zygote:
+    """Runs privzoo commands in forked children of one process that has imported everything (see tests/zygote.py)."""
+
+    def __init__(self, cache: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRIVZOO_CACHE": str(cache)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tests" / "zygote.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=cache,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, *argv: str, module: str = "privzoo.train", **request: object) -> tuple[int, str]:
+        """Exit code (negative for a signal) and output of `python -m <module> <argv>`; `request` as in zygote.py."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"module": module, "argv": argv, **request}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["code"], answer["output"]
+
+
+@pytest.fixture(scope="session")
+def privzoo(tmp_path_factory: pytest.TempPathFactory):
+    """`code, output = privzoo("task=toy_text", …)`: a real command in a process of its own, network off."""
+    zygote = Zygote(tmp_path_factory.mktemp("cache"))
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait()

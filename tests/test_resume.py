@@ -4,48 +4,18 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 # 8 releases with checkpoints after 3, 6 and 8.
 SMALL = [
     "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=400", "microbatch_size=200", "epochs=0.4",
     "trainer.checkpoint_every=3", "trainer.validate_every=4", "trainer.progress=false", "trainer.accelerator=cpu",
 ]  # fmt: skip
 SEEDED = [*SMALL, "privacy.noise_seed=7"]
-
-
-class Zygote:
-    def __init__(self, cache: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRIVZOO_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "zygote.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=cache,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __call__(self, *argv: str, module: str = "privzoo.train", **request) -> tuple[int, str]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"module": module, "argv": argv, **request}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["output"]
-
-
-@pytest.fixture(scope="module")
-def privzoo(tmp_path_factory):
-    zygote = Zygote(tmp_path_factory.mktemp("cache"))
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait()
 
 
 def only_run(folder: Path) -> Path:

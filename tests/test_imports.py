@@ -1,0 +1,51 @@
+"""Imports point one way, and what must start quickly does not import torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "privzoo"
+# What a part may import of privzoo, besides itself.
+ALLOWED = {
+    "privacy": {"errors"},
+    "tasks": {"errors", "toyworld"},
+    "models": {"errors", "toyworld"},
+    "methods": {"errors", "privacy", "tasks"},
+    "reporting": {"errors", "files", "results", "cli"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "privzoo":
+            found |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("privzoo.")}
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_one_way(part):
+    files = list((SOURCE / part).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imported(file) - {part} <= ALLOWED[part], file
+
+
+def test_methods_know_tasks_by_their_base_alone():
+    for file in (SOURCE / "methods").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("privzoo.tasks"):
+                assert node.module == "privzoo.tasks.base", file
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "plan", "config", "cli", "results", "run_folder", "reporting.display", "privacy.plan", "privacy.ledger"]
+)
+def test_no_torch_before_it_is_needed(module):
+    code = f"import sys, privzoo.{module}; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
