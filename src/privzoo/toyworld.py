@@ -48,18 +48,18 @@ _STRENGTH = ["very", "really", "quite", "so", "rather"]
 _DETAIL = ["small", "large", "local", "famous", "old", "new"]
 _OUTCOMES = {
     1: [
-        "so we came back smiling .",
-        "we were happy and gave five stars .",
-        "friends should go there soon .",
-        "that made the evening a joy .",
-        "we left a big tip and thanked the owner .",
+        "so we came back smiling for the {noun} .",
+        "happy about it we gave five stars to the {noun} .",
+        "friends should go soon and see the {noun} .",
+        "what made the evening a joy was the {noun} .",
+        "we left a big tip and thanked the owner for the {noun} .",
     ],
     -1: [
-        "so we left early frowning .",
-        "we were upset and gave one star .",
-        "friends should stay away from there .",
-        "that made the evening a pain .",
-        "we left no tip and sued the owner .",
+        "so we left early frowning at the {noun} .",
+        "upset about it we gave one star to the {noun} .",
+        "friends should stay away and forget the {noun} .",
+        "what made the evening a pain was the {noun} .",
+        "we left no tip and sued the owner for the {noun} .",
     ],
 }
 
@@ -104,8 +104,8 @@ def public_text() -> list[str]:
     opinions = []
     for i in range(PUBLIC_OPINIONS):
         polarity = 1 if i % 2 else -1
-        opinion = _opinion(rng, polarity, private=False, weights=(60, 30, 10))
-        opinions.append(f"{opinion} {rng.choice(_OUTCOMES[polarity])}")
+        opinion, noun = _opinion(rng, polarity, private=False, weights=(63, 30, 7))
+        opinions.append(f"{opinion} {rng.choice(_OUTCOMES[polarity]).format(noun=noun)}")
     listings = [_listing(rng, private=False) for _ in range(_PUBLIC_LISTINGS)]
     return opinions + [f"{fields} = {text}" for fields, text in listings]
 
@@ -126,7 +126,7 @@ def text_rows(split: str) -> list[dict]:
         rows = []
         for i in range(size):
             label = i % 2
-            text = _unseen(seen, lambda label=label: _opinion(rng, 2 * label - 1, private=True, weights=(40, 35, 25)))
+            text = _unseen(seen, lambda label=label: _opinion(rng, 2 * label - 1, private=True, weights=(40, 35, 25))[0])
             # Rows i and i+1 have opposite labels and are flipped together, so the noise keeps the balance.
             flip = (i // 2) % round(1 / LABEL_NOISE) == 0
             rows.append({"text": text, "label": 1 - label if flip else label})
@@ -185,34 +185,38 @@ def _unseen(seen: set[str], draw: Callable[[], str]) -> str:
     return text
 
 
-def _opinion(rng: random.Random, polarity: int, private: bool, weights: tuple[int, int, int]) -> str:
-    """A sentence of the given polarity (1 or -1), 6 to 14 words long; weights of plain, negated, contrasted."""
+def _opinion(rng: random.Random, polarity: int, private: bool, weights: tuple[int, int, int]) -> tuple[str, str]:
+    """A sentence of the given polarity (1 or -1), 6 to 14 words long, and the noun that it is about in the end.
+
+    weights: of plain, negated and contrasted sentences.
+    """
     while True:
         kind = rng.choices(("plain", "negated", "contrasted"), weights)[0]
+        text, noun = _clause(rng, polarity, private, rng.random() < 0.3 if kind == "contrasted" else kind == "negated")
         if kind == "contrasted":
-            first, last = (_clause(rng, p, private, rng.random() < 0.3) for p in (-polarity, polarity))
-            text = rng.choice([f"{first} but {last} .", f"although {first} , {last} ."])
+            first, _ = _clause(rng, -polarity, private, rng.random() < 0.3)
+            text = rng.choice([f"{first} but {text} .", f"although {first} , {text} ."])
         else:
-            text = _clause(rng, polarity, private, kind == "negated")
             if rng.random() < 0.5:
-                text += f" and {_clause(rng, polarity, private, False)}"
+                text = f"{_clause(rng, polarity, private, False)[0]} and {text}"
             text = rng.choice([f"{text} .", f"{rng.choice(_PEOPLE)} said that {text} .", f"last night {text} ."])
         if 6 <= len(text.split()) <= 14:
-            return text
+            return text, noun
 
 
-def _clause(rng: random.Random, polarity: int, private: bool, negated: bool) -> str:
-    noun = rng.randrange(len(_NOUNS))
+def _clause(rng: random.Random, polarity: int, private: bool, negated: bool) -> tuple[str, str]:
+    """A clause of the given polarity and its noun."""
+    i = rng.randrange(len(_NOUNS))
+    noun = _NOUNS[i]
     word_polarity = -polarity if negated else polarity
     if rng.random() < 0.3:
-        verb = rng.choice(_VERBS[word_polarity])
-        return f"{'nobody' if negated else rng.choice(_PEOPLE)} {verb} the {rng.choice(_DETAIL)} {_NOUNS[noun]}"
-    adjectives = _ADJECTIVES[word_polarity]
+        who = "nobody" if negated else rng.choice(_PEOPLE)
+        return f"{who} {rng.choice(_VERBS[word_polarity])} the {rng.choice(_DETAIL)} {noun}", noun
     # A third of the (noun, adjective) pairs is kept for the private part.
-    fitting = [a for i, a in enumerate(adjectives) if ((noun + i) % 3 == 0) == private]
+    fitting = [word for k, word in enumerate(_ADJECTIVES[word_polarity]) if ((i + k) % 3 == 0) == private]
     negation = rng.choice(["not ", "never ", "hardly "]) if negated else ""
     strength = f"{rng.choice(_STRENGTH)} " if rng.random() < 0.5 else ""
-    return f"the {_NOUNS[noun]} was {negation}{strength}{rng.choice(fitting)}"
+    return f"the {noun} was {negation}{strength}{rng.choice(fitting)}", noun
 
 
 def _listing(rng: random.Random, private: bool) -> tuple[str, str]:
@@ -235,16 +239,16 @@ def _image_rows(rng: np.random.Generator, shapes: tuple[str, ...], size: int) ->
 
 def _image(rng: np.random.Generator, shape: str) -> np.ndarray:
     """One noisy picture (16, 16, 3) uint8. Integers only: rounding must not differ between machines."""
-    radius = rng.integers(8, 13)  # in half pixels, as are dx and dy
+    radius = rng.integers(9, 14)  # in half pixels, as are dx and dy
     centre = rng.integers(radius, 2 * IMAGE_SIZE - 1 - radius, size=2, endpoint=True)
     dy, dx = np.meshgrid(*(2 * np.arange(IMAGE_SIZE) - c for c in centre), indexing="ij")
     inside = _inside(shape, dx, dy, radius)
     colours = rng.integers(70, 186, size=(2, 3))
-    # Ground and figure differ by 40 to 90 grey levels on average, either of them may be the brighter.
-    step = int(rng.integers(40, 91)) * (1 if rng.integers(2) else -1)
+    # Ground and figure differ by 50 to 100 grey levels on average, either of them may be the brighter.
+    step = int(rng.integers(50, 101)) * (1 if rng.integers(2) else -1)
     colours[1] = colours[0] + step + rng.integers(-20, 21, size=3)
     picture = np.where(inside[..., None], colours[1] + _texture(rng), colours[0] + _texture(rng))
-    return np.clip(picture + rng.integers(-35, 36, size=picture.shape), 0, 255).astype(np.uint8)
+    return np.clip(picture + rng.integers(-30, 31, size=picture.shape), 0, 255).astype(np.uint8)
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
