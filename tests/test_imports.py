@@ -44,7 +44,8 @@ def test_methods_know_tasks_by_their_base_alone():
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "plan", "config", "cli", "results", "run_folder", "reporting.display", "privacy.plan", "privacy.ledger"]
+    "module",
+    ["train", "plan", "config", "cli", "results", "run_folder", "reporting.display", "privacy.plan", "privacy.ledger"],
 )
 def test_no_torch_before_it_is_needed(module):
     code = f"import sys, privzoo.{module}; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers')))"

@@ -238,7 +238,9 @@ def test_damaged_parts_of_a_run_folder(privzoo, tmp_path):
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     assert "lacks 1 of the 3 releases" in refused("ledger.jsonl", b"".join(lines[:2]))
     assert "edited at line 2" in refused("ledger.jsonl", b"".join([lines[0], *lines[2:]]))
-    assert "edited at line 1" in refused("ledger.jsonl", b"".join(lines).replace(b'"noise_multiplier": 0', b'"noise_multiplier": 9', 1))
+    assert "edited at line 1" in refused(
+        "ledger.jsonl", b"".join(lines).replace(b'"noise_multiplier": 0', b'"noise_multiplier": 9', 1)
+    )
     assert "damaged at line 2" in refused("ledger.jsonl", lines[0] + b"{nonsense}\n" + lines[1])
     checkpoint = (run / "last.ckpt").read_bytes()
     assert "damaged or cut short" in refused("last.ckpt", checkpoint[: len(checkpoint) // 2])

@@ -28,12 +28,13 @@ def test_the_folder_holds_what_the_contract_says(finished):
     run, _ = finished
     assert run.name.startswith("toy_text-dp_bitfit-eps8-s0-")
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "overrides.yaml", "result.json", "privacy.json", "metrics.csv", "ledger.jsonl", "last.ckpt", "model",
+        "config.yaml", "overrides.yaml", "result.json", "privacy.json", "metrics.csv", "ledger.jsonl", "last.ckpt",
+        "model",
     }  # fmt: skip
 
 
 def test_epsilon_by_three_accountants(finished):
-    """PRIVACY 20, 39: PLD from the ledger between 0.99 and 1 of the target, PRV beside it, RDP between 1 and 1.35 times."""
+    """PRIVACY 20, 39: PLD of the ledger is 0.99 to 1 of the target, PRV beside it, RDP 1 to 1.35 times it."""
     run, _ = finished
     record, card = read(run, "result.json"), read(run, "privacy.json")
     assert record["epsilon_spent"] == card["epsilon_spent"]

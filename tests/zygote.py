@@ -3,8 +3,8 @@ without eight seconds of imports each.
 
     python tests/zygote.py      reads one JSON request a line, answers one JSON line
 
-A request: {"module": "privzoo.train", "argv": […], "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"} or
-null, "draws": file or null}. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn
+A request: {"module": "privzoo.train", "argv": […], "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}
+or null, "draws": file or null}. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn
 ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
 """
 
@@ -90,13 +90,12 @@ def child(request: dict, output: int) -> None:
 
 
 def main() -> None:
-    import lightning
-    import opacus.accountants
-    import transformers
+    import lightning  # noqa: F401
+    import opacus.accountants  # noqa: F401
+    import transformers  # noqa: F401
 
     import privzoo.run  # noqa: F401
 
-    assert lightning and transformers and opacus
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

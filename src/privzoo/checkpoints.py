@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.errors import RunLost, UserError
-from privzoo.methods.first_order import Interrupted
+from privzoo.methods.first_order import FirstOrder, Interrupted
 
 
 class Checkpoints(Callback):
@@ -92,9 +92,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert "state_dict" in checkpoint and "global_step" in checkpoint
+        if not {"state_dict", "global_step"} <= checkpoint.keys():
+            raise ValueError("it holds no run")
         return checkpoint
-    except (RuntimeError, EOFError, OSError, KeyError, AssertionError, pickle.UnpicklingError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(
             f"{path} is damaged or cut short ({reason}): put back a whole copy, or remove it to compute its releases again "
@@ -113,11 +114,14 @@ class StopOnSignal(Callback):
         self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FirstOrder)
+        method = pl_module
+
         def ask(number: int, frame: Any) -> None:
             if self.received is not None:
                 raise KeyboardInterrupt
             self.received = number
-            pl_module.stop_requested = True
+            method.stop_requested = True
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._former[number] = signal.signal(number, ask)

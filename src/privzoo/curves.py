@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from privzoo.methods.first_order import FirstOrder
 from privzoo.privacy.plan import PrivacyPlan
 
 POINTS = 20
@@ -49,7 +50,9 @@ class Curves(Callback):
     ) -> None:
         step = trainer.global_step
         speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
-        values = {"lr": pl_module.lr * pl_module.lr_factor(step - 1), "examples_per_s": speed, **pl_module.private_metrics}
+        assert isinstance(pl_module, FirstOrder)
+        lr = pl_module.lr * pl_module.lr_factor(step - 1)
+        values = {"lr": lr, "examples_per_s": speed, **pl_module.private_metrics}
         if self.plan.private:
             values["epsilon"] = self.epsilon_at(step)
         for logger in trainer.loggers:

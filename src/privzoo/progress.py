@@ -23,9 +23,14 @@ SMOOTHING = 0.9  # of private/loss, a release
 class Planned(Protocol):
     """What the bar asks of a plan; epsilon is inf for a run without privacy."""
 
-    steps: int
-    batch_size: int
-    epsilon: float
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def epsilon(self) -> float | None: ...
 
 
 class Progress(Callback):

@@ -151,9 +151,7 @@ def _fit(
     return _reached(record, plan, ledger, trainer.global_step, start, checkpoints.seconds)
 
 
-def _reached(
-    record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, start: int, seconds: float
-) -> RunRecord:
+def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, start: int, seconds: float) -> RunRecord:
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return replace(
         record,

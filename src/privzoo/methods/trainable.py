@@ -22,8 +22,10 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
     chosen = {name for name, _ in model.named_parameters() if _matches(name, pattern)}
     if not chosen - set(new_head):
         architecture = type(model).__name__
-        way_out = "it has none; take method=dp_full" if pattern == "biases" else "parameter names are like " + ", ".join(
-            name for name, _ in list(model.named_parameters())[:2]
+        way_out = (
+            "it has none; take method=dp_full"
+            if pattern == "biases"
+            else "parameter names are like " + ", ".join(name for name, _ in list(model.named_parameters())[:2])
         )
         raise UserError(f"trainable={pattern} chooses nothing of the pretrained {architecture}: {way_out}.")
     for name, parameter in model.named_parameters():

@@ -142,7 +142,7 @@ def _grouped(releases: Sequence[Release]) -> Releases:
     return [(release, releases.count(release)) for release in dict.fromkeys(releases)]
 
 
-def refuse_unsafe(trainer: Trainer, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:
+def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:
     """Refuse every Trainer setting under which the plan's account would be false.
 
     Raises:
@@ -153,8 +153,8 @@ def refuse_unsafe(trainer: Trainer, plan: PrivacyPlan, digest: str, mechanism: G
         "gradient_clip_val": (trainer.gradient_clip_val, None, "contributions are clipped one by one, not their noisy sum"),
         "max_epochs": (trainer.max_epochs, 1, "the plan's releases are one pass over the loader"),
         "overfit_batches": (trainer.overfit_batches, 0.0, "it replaces the Poisson sampler"),
-        "limit_train_batches": (str(trainer.limit_train_batches), "1.0", "it cuts releases that the plan pays for"),
         "fast_dev_run": (bool(trainer.fast_dev_run), False, "it cuts releases that the plan pays for"),
+        "limit_train_batches": (str(trainer.limit_train_batches), "1.0", "it cuts releases that the plan pays for"),
         "world_size": (trainer.world_size, 1, "noise and draws are for one process in this version"),
         "use_distributed_sampler": (
             trainer._accelerator_connector.use_distributed_sampler, False, "it replaces the Poisson sampler"),
@@ -181,7 +181,6 @@ def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: Gauss
             f"Expected the loader of private_loader (Poisson draws), found a {type(loader).__name__} over "
             f"{type(batches).__name__} with {type(order).__name__}: the accountant would be wrong for it."
         )
-    holders = {"sampler": batches.draws, "noise": mechanism}
-    for name, holder in holders.items():
+    for name, holder in (("sampler", batches.draws), ("noise", mechanism)):
         if holder.plan is not plan or holder.digest != digest:
             raise UserError(f"Expected {name}, ledger and callback to share one plan and one digest, found another {name}.")

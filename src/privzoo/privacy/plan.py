@@ -11,7 +11,8 @@ privacy loss distributions). The number of examples is declared public.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -186,10 +187,10 @@ class PrivacyPlan:
         return _finite(record)
 
     def _releases_at(self, noise: float) -> Releases:
-        phases = [Phase(p.batch_size, p.epochs, p.clip_norm, noise) for p in (self, *self.then)]
+        phases = [replace(phase, noise_multiplier=noise) for phase in self.phases]
         return self._first(phases, sum(self.steps_of(p) for p in phases))
 
-    def _first(self, phases: "tuple[Phase, ...] | list[Phase]", count: int) -> Releases:
+    def _first(self, phases: Sequence[Phase], count: int) -> Releases:
         found, left = [], count
         for phase in phases:
             taken = min(left, self.steps_of(phase))

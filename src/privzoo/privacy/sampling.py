@@ -102,7 +102,7 @@ class ReleaseOrder(Sampler[int]):
 
 def private_loader(batches: PoissonBatches, start: int = 0) -> DataLoader:
     """A loader of the releases from `start` on; the only kind that `PrivacyCallback` accepts."""
-    return DataLoader(batches, batch_size=None, sampler=ReleaseOrder(len(batches), start), collate_fn=_as_it_is)
+    return DataLoader(batches, batch_size=None, sampler=ReleaseOrder(len(batches), start), collate_fn=_as_it_is)  # type: ignore[arg-type]
 
 
 def _as_it_is(batch: LogicalBatch) -> LogicalBatch:
