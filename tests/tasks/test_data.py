@@ -58,10 +58,10 @@ def test_unreachable_hub_names_the_data_set_the_reason_and_three_ways_out(sst2, 
 
 def test_a_hub_that_hangs_is_given_up(sst2, unreachable_hub, monkeypatch):
     monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: time.sleep(3))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: time.sleep(60))
     start = time.perf_counter()
     assert "no answer within" in message_of(lambda: sst2.load("train", COLUMNS, None))
-    assert time.perf_counter() - start < 2.5
+    assert time.perf_counter() - start < 20
 
 
 def test_offline_mode_is_respected_and_named(sst2, monkeypatch, tmp_path):
@@ -100,11 +100,13 @@ def test_the_hub_is_asked_for_name_config_and_split_and_its_rows_are_checked(sst
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
+        assert datasets.are_progress_bars_disabled()
         return datasets.Dataset.from_dict(ROWS).select([1, 0])
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert sst2.load("train", COLUMNS, None)["label"].to_pylist() == [0, 1]  # the order of the selection
+    assert not datasets.are_progress_bars_disabled()
     assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train"})]
     assert "no column 'sentense'" in message_of(lambda: sst2.load("train", [Column("sentense", "text")], None))
     assert "'label' is 1" in message_of(lambda: sst2.load("train", [Column("label", "label", 1)], None))

@@ -96,6 +96,14 @@ def test_grey_and_transparent_images_become_rgb(ready):
     task = ready(cells([png(grey), png(alpha)]), [0, 1])
     np.testing.assert_allclose(task.train[0]["pixel_values"], expected_pixels(np.dstack([grey] * 3)), atol=1e-6)
     np.testing.assert_allclose(task.train[1]["pixel_values"], expected_pixels(PIXELS[0]), atol=1e-6)
+    task = ready(pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([grey, grey])), [0, 1])
+    np.testing.assert_allclose(task.train[0]["pixel_values"], expected_pixels(np.dstack([grey] * 3)), atol=1e-6)
+
+
+def test_an_image_of_absurd_size_is_refused_at_load(ready, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"row 0 cannot be decoded \(Image size"):
+        ready(cells([png(PIXELS[0])]), [0])
 
 
 def test_collate(task):

@@ -65,9 +65,7 @@ def read_split(path: Path, columns: Sequence[Column]) -> pa.Table:
         return reader(path, columns)
     except (pa.ArrowException, OSError, csv.Error) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as {path.suffix[1:]} ({reason}): fetch or write the file anew."
-        ) from error
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): fetch or write the file anew.") from error
 
 
 def _read_parquet(path: Path, columns: Sequence[Column]) -> pa.Table:

@@ -15,6 +15,8 @@ from privzoo.tasks.classification import class_logits, class_losses, evaluate_cl
 from privzoo.tasks.columns import Column, content_digest
 from privzoo.tasks.data import HubData, ToyData
 
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for bad bytes
+
 
 class ImageClassification(Task):
     """A label for an image. Nothing is augmented: a row is encoded alike every time.
@@ -113,14 +115,16 @@ def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(raw))
-    except OSError as error:
+    except Image.UnidentifiedImageError as error:  # its own message shows an address in memory
         raise _not_an_image(where, row, "not a picture file that PIL knows") from error
+    except BROKEN_IMAGE as error:
+        raise _not_an_image(where, row, str(error)) from error
 
 
 def _decoded(image: Image.Image, where: str, row: int) -> Image.Image:
     try:
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for bytes that make no sense
+    except BROKEN_IMAGE as error:
         raise _not_an_image(where, row, str(error)) from error
 
 
