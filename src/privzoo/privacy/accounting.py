@@ -26,6 +26,7 @@ from scipy import optimize
 
 from privzoo.errors import UserError
 
+SEARCH_GRID = 1e-2
 CALIBRATION_GRID = 1e-3  # within 5e-4 of the finer one, and ten times faster; both are upper bounds
 CONFIRMATION_GRID = 1e-4
 SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4
@@ -89,8 +90,8 @@ def cross_check(releases: Releases, delta: float) -> dict[str, float]:
 def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: float) -> float:
     """The smallest noise multiplier (to 0.02 %) at which `releases_at(noise_multiplier)` cost at most `epsilon`.
 
-    Guarantee: PLD on the fine grid confirms epsilon for the value returned, whether it was searched for or found in
-    the cache on disk; the cache saves the search, it is never believed.
+    Guarantee: PLD, whose figures are upper bounds on every grid, confirms epsilon for the value returned, whether it was
+    searched for or found in the cache on disk; the cache saves the search, it is never believed.
 
     Raises:
         UserError: if no noise multiplier between 0.05 and 10,000 reaches epsilon.
@@ -104,8 +105,7 @@ def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: f
     remembered = _read_cache().get(key)
     if isinstance(remembered, float) and _holds(excess, remembered):
         return remembered
-    low, high = _bracket(excess, epsilon)
-    noise = math.exp(optimize.brentq(excess, low, high, xtol=5e-5)) * (1 + 1e-4)
+    noise = math.exp(_root(excess, epsilon)) * (1 + 1e-4)
     while excess(math.log(noise), CONFIRMATION_GRID) > 0:
         noise *= 1 + 2e-4
     _write_cache(key, noise)
@@ -115,6 +115,21 @@ def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: f
 def _holds(excess: Callable[[float], float], noise: float) -> bool:
     """True if `noise` meets the target and does not waste more than 1 % of it."""
     return SMALLEST_NOISE <= noise <= LARGEST_NOISE and -0.01 < excess(math.log(noise)) <= 0
+
+
+def _root(excess: Callable[..., float], epsilon: float) -> float:
+    """Where `excess` is 0, to 5e-5: found roughly on a coarse grid first, which is ten times faster."""
+
+    def coarse(log_noise: float) -> float:
+        return excess(log_noise, SEARCH_GRID)
+
+    rough = optimize.brentq(coarse, *_bracket(coarse, epsilon), xtol=1e-3)
+    low, high = rough - 0.01, rough + 0.002
+    while excess(high) > 0:
+        high += 0.05
+    while excess(low) <= 0:
+        low -= 0.05
+    return float(optimize.brentq(excess, low, high, xtol=5e-5))
 
 
 def _bracket(excess: Callable[[float], float], epsilon: float) -> tuple[float, float]:
