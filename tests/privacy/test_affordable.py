@@ -35,7 +35,6 @@ def test_all_of_a_fresh_plan_and_the_rest_of_a_resumed_one_are_affordable(tiny_r
     assert makeable(run.plan, run.ledger, run.digest, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the coarse grid's epsilon is compared with the fine grid's, which sigma gave")
 def test_the_rest_of_a_resumed_plan_is_affordable_where_sigma_was_given(tiny_run) -> None:
     run = tiny_run(some_plan(epsilon=None, noise_multiplier=8.0), ROWS)
     paid(run, range(3), run.digest)

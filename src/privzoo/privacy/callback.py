@@ -1,7 +1,7 @@
-"""The privacy callback: it observes, accounts and refuses. Without it a run would still be noisy, only nobody would count."""
+"""The privacy callback: it observes, accounts and refuses. Without it a run would be as noisy, but nobody would count."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from privzoo.errors import UserError
-from privzoo.privacy.accounting import Release, Releases, epsilon_spent
+from privzoo.privacy.accounting import CONFIRMATION_GRID, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.noise import GaussianMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
@@ -123,12 +123,20 @@ def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> in
     wanted = [plan.at(release).release for release in range(start, plan.steps) if release not in paid]
     if not plan.private or not ledger.entries:
         return len(wanted)
-    assert plan.epsilon is not None
-    low, high = 0, len(wanted)
+    target = plan.epsilon
+    assert target is not None
+
+    def within(count: int) -> bool:
+        counts = Counter(dict(ledger.releases()))
+        counts.update(wanted[:count])
+        return epsilon_spent(list(counts.items()), plan.delta, CONFIRMATION_GRID) <= target
+
+    if within(len(wanted)):
+        return len(wanted)
+    low, high = 0, len(wanted) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        together = [*ledger.releases(), *_grouped(wanted[:middle])]
-        low, high = (middle, high) if epsilon_spent(together, plan.delta) <= plan.epsilon else (low, middle - 1)
+        low, high = (middle, high) if within(middle) else (low, middle - 1)
     return low
 
 
@@ -136,10 +144,6 @@ def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool
     """True if release `start` was paid for already in this configuration, or can be."""
     paid = any(entry.release == start and entry.digest == digest for entry in ledger.entries)
     return paid or affordable(plan, ledger, digest, start) > 0
-
-
-def _grouped(releases: Sequence[Release]) -> Releases:
-    return [(release, releases.count(release)) for release in dict.fromkeys(releases)]
 
 
 def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:
