@@ -74,18 +74,22 @@ class BookKeeping:
             units, count = checked_units(losses, unit_of_row)
             interception.check_rows(len(losses))
             book.open(len(losses), units if unit_of_row is not None else None, count)
-            self._backward(losses, interception, book)
-        with torch.no_grad():
+            self._backward(losses, interception, book, parameters)
+        # Under the caller's autocast the products below would be bf16, and norms too small by up to 2^-8.
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             norms = book.squared_norms().sqrt()
             book.add_clipped(sums, clip_factors(norms, clip_norm))
         return ClippedSums(sums, norms, losses.detach())
 
     @staticmethod
-    def _backward(losses: Tensor, interception: "_Interception", book: Book) -> None:
+    def _backward(losses: Tensor, interception: "_Interception", book: Book, parameters: dict[str, Any]) -> None:
         leaves = interception.leaves
-        inputs = [interception.anchor, *(leaf for _, _, leaf in leaves)]
+        inputs = [interception.anchor, *(leaf for _, _, leaf in leaves), *parameters.values()]
         found = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-        for (name, shape, _), gradient in zip(leaves, found[1:], strict=True):
+        for name, gradient in zip(parameters, found[1 + len(leaves) :], strict=True):
+            if gradient is not None:  # parameters are detached wherever they are seen, so this use was not
+                raise UnsupportedUse(f"{name} is used where BookKeeping sees nothing (TorchScript?): freeze it.")
+        for (name, shape, _), gradient in zip(leaves, found[1:], strict=False):
             if gradient is not None:
                 book.add_instantiated(name, gradient.reshape(-1, *shape))
 
@@ -97,7 +101,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, anchor: Tensor, collect: Callable[..., None], *saved: Tensor) -> Tensor:
         ctx.collect = collect
         ctx.save_for_backward(anchor, *saved)
-        return output.view_as(output)
+        # Not view_as: autograd forbids an in-place operation, such as ReLU(inplace=True), on a view made here.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,8 +128,7 @@ class _Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.rows is None and func in HANDLERS and func is not Tensor.expand:
-            data = args[1] if func is torch.addmm else args[0]
-            self.rows = data.shape[0]
+            self.rows = [*args, *kwargs.values()][1 if func is torch.addmm else 0].shape[0]
         used = [self.names[id(a)] for a in tree_leaves((args, kwargs)) if id(a) in self.names]
         if not used:
             return func(*args, **kwargs)
@@ -250,6 +254,8 @@ class _Interception(TorchFunctionMode):
         if len(used) != 1 or len(others) != 1 or not all(not isinstance(v, Tensor) for v in kwargs.values()):
             raise UnsupportedUse(f"{used[0]} meets another parameter in {func.__name__}: BookKeeping cannot treat that.")
         dims = others[0].dim()
+        if dims == 0 or others[0].shape[0] != self.rows:
+            raise UnsupportedUse(f"{used[0]} meets shape {tuple(others[0].shape)}, expected ({self.rows}, …): no row each.")
         return func(*(self._leaf(a, dims) if self._name(a) else a for a in args), **kwargs)
 
     def _expand(self, parameter: Tensor, *sizes: Any) -> Tensor:

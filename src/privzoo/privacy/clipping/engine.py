@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from privzoo.errors import UserError
+
 Forward = Callable[[], Tensor]
 
 
@@ -68,12 +70,12 @@ def checked_units(losses: Tensor, unit_of_row: Tensor | None) -> tuple[Tensor, i
     """Unit index of each row, shape (R,), and the number of units.
 
     Raises:
-        ValueError: if the losses are not one number a row, or `unit_of_row` does not match them.
+        UserError: if the losses are not one number a row, or `unit_of_row` does not match them.
     """
     if losses.dim() != 1:
-        raise ValueError(f"Expected one loss a row, shape (R,), found shape {tuple(losses.shape)}: was a mean taken?")
+        raise UserError(f"Expected one loss a row, shape (R,), found shape {tuple(losses.shape)}: was a mean taken?")
     if unit_of_row is None:
         return torch.arange(len(losses), device=losses.device), len(losses)
     if unit_of_row.shape != losses.shape:
-        raise ValueError(f"Expected unit_of_row of shape {tuple(losses.shape)}, found {tuple(unit_of_row.shape)}.")
+        raise UserError(f"Expected unit_of_row of shape {tuple(losses.shape)}, found {tuple(unit_of_row.shape)}.")
     return unit_of_row, int(unit_of_row.max()) + 1

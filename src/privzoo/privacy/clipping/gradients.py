@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from privzoo.errors import UserError
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -52,13 +54,13 @@ class Book:
         if value.dim() == 2 and value.shape[0] != self.rows:
             value = self.split_rows(value)
         if value.shape[0] != self.rows:
-            raise ValueError(f"Expected first axis {self.rows} (the examples), found shape {tuple(value.shape)}.")
+            raise UserError(f"Expected first axis {self.rows} (the examples), found shape {tuple(value.shape)}.")
         return value if value.dtype == torch.float64 else value.float()
 
     def split_rows(self, value: Tensor) -> Tensor:
         """(R * T, p) to (R, T, p)."""
         if value.shape[0] % self.rows:
-            raise ValueError(f"Expected a multiple of {self.rows} rows, found shape {tuple(value.shape)}.")
+            raise UserError(f"Expected a multiple of {self.rows} rows, found shape {tuple(value.shape)}.")
         return value.reshape(self.rows, -1, value.shape[-1])
 
     def by_unit(self, value: Tensor) -> Tensor:
@@ -104,9 +106,10 @@ class Book:
         for name in self.outer.keys() & self.instantiated.keys():
             for use in self.outer.pop(name):
                 self._add_per_unit(name, _instantiate(use, self.instantiated[name].shape))
-        pieces = [g.flatten(1).square().sum(1) for g in self.instantiated.values()]
+        pieces = [g.reshape(self.count, -1).square().sum(1) for g in self.instantiated.values()]
         for uses in self.outer.values():
             pieces += [_inner_product(u, v) * (1 if u is v else 2) for i, u in enumerate(uses) for v in uses[: i + 1]]
+            pieces.append(_rounding(uses))
         return torch.stack(pieces).sum(0).clamp(min=0) if pieces else torch.zeros(self.count)
 
     def add_clipped(self, sums: dict[str, Tensor], factors: Tensor) -> None:
@@ -144,6 +147,17 @@ def _instantiate(use: Outer, shape: torch.Size) -> Tensor:
     dense = use.right.new_zeros(shape)
     dense.scatter_add_(1, use.left.unsqueeze(-1).expand_as(use.right), use.right)
     return dense
+
+
+def _rounding(uses: list[Outer]) -> Tensor:
+    """Bound on the rounding of a parameter's squared norm, (U,), to be added to it, so that no contribution exceeds C.
+
+    Positions may cancel: the terms are then far larger than the norm, and so is their rounding. It stays within
+    2 eps (sum of |left[t]| |right[t]|)^2 in trials; twice that also covers the rounding of the clipped sum.
+    """
+    lengths = [u.right.norm(dim=2) if u.is_table else u.left.norm(dim=2) * u.right.norm(dim=2) for u in uses]
+    terms = torch.stack([length.sum(1) for length in lengths]).sum(0)
+    return 4 * torch.finfo(terms.dtype).eps * terms.square()
 
 
 def _inner_product(u: Outer, v: Outer) -> Tensor:

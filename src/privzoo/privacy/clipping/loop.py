@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from privzoo.errors import UserError
 from privzoo.privacy.clipping.engine import (
     ClippedSums,
     Forward,
@@ -37,6 +38,9 @@ class Loop:
             clip_norm: C; inf turns clipping off.
             unit_of_row: unit index of each row, shape (R,); None if every row is a unit.
             into: accumulators that the sums are added to in place; fresh zeros by default.
+        Raises:
+            UserError: if several gradients are not finite. One poisoned row can make all others of its micro-batch NaN
+                (0 * NaN in a weight's gradient), which would take away their contributions too.
         """
         parameters = trainable_parameters(self.model)
         sums = zero_sums(parameters) if into is None else into
@@ -52,5 +56,7 @@ class Loop:
             factor = clip_factors(norms[unit : unit + 1], clip_norm)
             if factor.item() > 0:
                 for name, gradient in gradients.items():
-                    sums[name].add_(gradient * factor)
+                    sums[name].add_(gradient * factor[0])
+        if int((~torch.isfinite(norms)).sum()) > 1:
+            raise UserError("Loop cannot tell a non-finite example from its neighbours: take microbatch_size=1.")
         return ClippedSums(sums, norms, losses.detach())
