@@ -38,7 +38,6 @@ def plain_config() -> dict:
         "trainer.progress=1",
         "privacy.accountant=gdp",
         "privacy.noise_seed=-1",
-        "privacy.checks=maybe",
         "privacy.noise_multiplier=0.5",  # eps is given as well
         "logger.private=1",
         "data_root=/no/such/folder",

@@ -248,3 +248,37 @@ def test_damaged_parts_of_a_run_folder(privzoo, tmp_path):
     assert "without its key" in refused("run.key", None)
     assert "expected 32" in refused("run.key", b"short")
     assert privzoo(f"resume={run}")[0] == 0
+
+
+def test_an_edited_configuration_is_refused(privzoo, tmp_path):
+    """Another epsilon, or no test seed any more, written into the folder: the promise that was made counts."""
+    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
+    privzoo(*SEEDED, f"output_dir={tmp_path}/runs", kill=kill)
+    run = only_run(tmp_path / "runs")
+    kept = (run / "config.yaml").read_text()
+    for old, new in (("eps: 8", "eps: 100"), ("noise_seed: 7", "noise_seed: null"), ("clip_norm: 0.1", "clip_norm: 0.2")):
+        assert old in kept
+        (run / "config.yaml").write_text(kept.replace(old, new))
+        code, output = privzoo(f"resume={run}")
+        assert (code, "config.yaml was edited" in output) == (2, True), output
+    (run / "config.yaml").write_text(kept)
+    assert privzoo(f"resume={run}")[0] == 0
+
+
+def test_a_key_from_elsewhere_pays_for_everything_again(privzoo, tmp_path):
+    """Another key makes other draws: nothing is taken for a release that was paid already."""
+    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
+    assert privzoo(*SMALL, f"output_dir={tmp_path}/runs", kill=kill)[0] == -signal.SIGKILL
+    run = only_run(tmp_path / "runs")
+    (run / "run.key").write_bytes(os.urandom(32))
+    code, output = privzoo(f"resume={run}")
+    assert code == 0, output
+    assert [entry["release"] for entry in ledger_of(run)] == [0, 1, 2, 3, 4, 3, 4, 5]
+
+
+def test_the_ledger_tells_nothing_about_the_data(privzoo, straight, tmp_path):
+    """Two runs on the same data have unrelated digests: a guess at the data cannot be checked against a ledger."""
+    for name in ("a", "b"):
+        assert privzoo(*SMALL, f"output_dir={tmp_path}/{name}")[0] == 0
+    digests = [{entry["digest"] for entry in ledger_of(only_run(tmp_path / name))} for name in ("a", "b")]
+    assert not digests[0] & digests[1]

@@ -128,7 +128,6 @@ def _check_budget(cfg: DictConfig) -> None:
 
 def _check_privacy(cfg: DictConfig) -> None:
     _check_one_of(cfg, "privacy.accountant", ("pld",))
-    _check_one_of(cfg, "privacy.checks", (True, False))
     if cfg.privacy.noise_seed is not None:
         _check_whole(cfg, "privacy.noise_seed", 0)
 

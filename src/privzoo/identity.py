@@ -14,7 +14,7 @@ from privzoo.privacy.card import why_not_private
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.streams import run_digest
+from privzoo.privacy.streams import RunKey
 from privzoo.results import RunRecord, git_commit, versions
 from privzoo.run_folder import RunFolder
 from privzoo.tasks.base import Task
@@ -26,6 +26,7 @@ FREE_OF_TRAINER = ("progress", "checkpoint_every", "validate_every")
 
 def digest_of_run(
     cfg: DictConfig,
+    key: RunKey,
     task: Task,
     model: nn.Module,
     ledger: Ledger,
@@ -34,7 +35,7 @@ def digest_of_run(
 ) -> str:
     """The digest under which this session draws and adds noise.
 
-    It is the same as that of an earlier session exactly if every release would come out the same: same configuration,
+    It is the same as that of an earlier session exactly if every release would come out the same: same key, configuration,
     data, initial weights, code, versions, device kind and thread count. Where releases were lost and cannot be computed
     again bit by bit (another device than a CPU, or a checkpoint that differs from the one they were taken at), a new
     branch is opened in the ledger, which makes draws and noise fresh and the lost releases paid twice.
@@ -43,7 +44,7 @@ def digest_of_run(
         UserError: if the ledger lacks releases that the checkpoint holds.
     """
     facts = _facts(cfg, task, model, device)
-    digest = run_digest({**facts, "branch": ledger.branches})
+    digest = key.digest({**facts, "branch": ledger.branches})
     start = checkpoint["global_step"] if checkpoint else 0
     ledger.require(start)
     lost = [entry for entry in ledger.entries if entry.digest == digest and entry.release >= start]
@@ -53,7 +54,7 @@ def digest_of_run(
     if device.type == "cpu" and lost[0].weights == weights:
         return digest
     ledger.branch(f"{len(lost)} lost releases cannot be computed again exactly")
-    return run_digest({**facts, "branch": ledger.branches})
+    return key.digest({**facts, "branch": ledger.branches})
 
 
 def _facts(cfg: DictConfig, task: Task, model: nn.Module, device: torch.device) -> dict[str, object]:

@@ -83,14 +83,13 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
     with Ledger(folder.ledger) as ledger:
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint.exists() else None
         start = checkpoint["global_step"] if checkpoint else 0
-        digest = digest_of_run(cfg, task, loaded.model, ledger, device, checkpoint)
+        digest = digest_of_run(cfg, key, task, loaded.model, ledger, device, checkpoint)
         mechanism = GaussianMechanism(plan, key, digest)
         method: FirstOrder = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
         )
         method.to(device).train()
-        if cfg.privacy.checks:
-            _check_before(method, cfg, device)
+        _check_before(method, cfg, device)
         record = folder.record
         if record is None:
             record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from privzoo.config import run_name, validate
+from privzoo.config import run_id, run_name, validate
 from privzoo.errors import UserError
 from privzoo.files import write_text
 from privzoo.privacy.streams import RunKey
@@ -128,6 +128,11 @@ def _resumed(path: Path, cfg: DictConfig) -> DictConfig:
     stored = OmegaConf.load(path / "config.yaml")
     if not isinstance(stored, DictConfig) or "choices" not in stored:
         raise UserError(f"{path}/config.yaml is not the configuration of a run: was it edited?")
+    record = _record(path)
+    if run_id(stored) != (record.run_id if record else path.name.rpartition("-")[2]):
+        raise UserError(
+            f"{path}/config.yaml was edited: put it back; a resumed run may change lr and the like on the command line."
+        )
     stored.resume = str(path)
     for key in _overridden():
         found, kept = OmegaConf.select(cfg, key), OmegaConf.select(stored, key)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from privzoo.privacy.noise import BLOCK, GaussianMechanism, fingerprint
 from privzoo.privacy.plan import Phase, PrivacyPlan
 from privzoo.privacy.sampling import PoissonDraws
-from privzoo.privacy.streams import RunKey, run_digest
+from privzoo.privacy.streams import RunKey
 
 DIGEST, WEIGHTS = "d" * 64, "0" * 64
 PLAN = PrivacyPlan(num_examples=20, batch_size=5, epochs=2, delta=1e-3, noise_multiplier=8.0, clip_norm=0.25)
@@ -142,7 +142,7 @@ def test_noise_is_not_that_of_a_published_seed() -> None:
 
 def test_runs_that_differ_only_in_epsilon_share_neither_draw_nor_noise() -> None:
     """PRIVACY 36: a grid eps=1,3 with one seed, even with one key: subtracting the runs does not cancel the noise."""
-    key, digests = RunKey.for_tests(0), [run_digest({"seed": 0, "eps": eps}) for eps in (1.0, 3.0)]
+    key, digests = RunKey.for_tests(0), [RunKey.for_tests(0).digest({"seed": 0, "eps": eps}) for eps in (1.0, 3.0)]
     for release in range(8):
         assert independent(*(noise(release=release, digest=digest) for digest in digests))
     plan = PrivacyPlan(num_examples=200, batch_size=100, epochs=4, delta=1e-3, epsilon=math.inf)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from privzoo.errors import UserError
-from privzoo.privacy.streams import RunKey, run_digest
+from privzoo.privacy.streams import RunKey
 
 DIGEST = "d" * 64
 
@@ -96,7 +96,7 @@ def test_fresh_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPat
 
 def test_published_seed_does_not_determine_the_streams() -> None:
     """PRIVACY 36: `seed` may stand in the digest, but two runs of one configuration share nothing."""
-    digest = run_digest({"seed": 0, "eps": 1.0})
+    digest = RunKey.for_tests(0).digest({"seed": 0, "eps": 1.0})
     assert values(RunKey.fresh(), digest=digest) != values(RunKey.fresh(), digest=digest)
 
 
@@ -162,6 +162,8 @@ def test_digest_tells_any_two_sets_of_facts_apart() -> None:
         {}, {"lr": 0.1}, {"lr": 0.1 + 1e-17 + 2e-17}, {"lr": "0.1"}, {"lr": 1}, {"lr": 1.0}, {"lr": True}, {"lr": None},
         {"LR": 0.1}, {"a": {"lr": 0.1}}, {"lr": [0.1]}, {"lr": float("inf")}, {"lr": 0.1, "eps": 1}, {"lr": 0.1, "eps": 2},
     ]  # fmt: skip
-    assert len({run_digest(each) for each in facts}) == len(facts)
-    assert run_digest({"a": 1, "b": 2}) == run_digest({"b": 2, "a": 1})
-    assert run_digest(pickle.loads(pickle.dumps({"path": Path("x")}))) == run_digest({"path": Path("x")})
+    assert len({RunKey.for_tests(0).digest(each) for each in facts}) == len(facts)
+    assert RunKey.for_tests(0).digest({"a": 1, "b": 2}) == RunKey.for_tests(0).digest({"b": 2, "a": 1})
+    assert RunKey.for_tests(0).digest(pickle.loads(pickle.dumps({"path": Path("x")}))) == RunKey.for_tests(0).digest(
+        {"path": Path("x")}
+    )

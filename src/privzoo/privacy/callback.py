@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
-from privzoo.errors import UserError
+from privzoo.errors import RunLost, UserError
 from privzoo.privacy.accounting import CONFIRMATION_GRID, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.noise import GaussianMechanism, fingerprint
@@ -32,7 +32,7 @@ class PrivacyCallback(Callback):
     Args:
         plan: the public numbers; the same object that sampler and mechanism hold.
         ledger: open ledger of the run.
-        digest: `run_digest` of the run, as given to sampler and mechanism.
+        digest: `RunKey.digest` of the run, as given to sampler and mechanism.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: Ledger, digest: str) -> None:
@@ -60,8 +60,14 @@ class PrivacyCallback(Callback):
         entry = self._entry(batch.release, _private(pl_module).weights)
         if self.left == 0 and entry not in self.ledger.entries:
             raise RuntimeError(f"Release {batch.release} would go past epsilon={self.plan.epsilon}.")
-        if self.ledger.charge(entry):
-            self.left -= 1
+        try:
+            self.left -= self.ledger.charge(entry)
+        except ValueError as error:
+            self.ledger.branch(str(error))
+            raise RunLost(
+                f"Release {batch.release} was lost and cannot be computed again exactly: resume once more, and it is drawn "
+                "afresh and paid for again."
+            ) from error
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

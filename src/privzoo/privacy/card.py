@@ -14,6 +14,7 @@ LIMITS = (
     "Choosing hyper-parameters by looking at several runs on the same data costs more than one run's epsilon.",
     "Noise is float32 from a keyed Philox generator: the guarantee is computational, and floating-point artefacts of "
     "Gaussian noise are not treated.",
+    "Running time, speed and peak memory follow the sizes of the batches drawn and are not protected.",
     "Terminal output of private/... figures and anything logged with logger.private=true are outside the promise.",
 )
 

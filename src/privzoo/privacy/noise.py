@@ -25,7 +25,7 @@ class GaussianMechanism:
     Args:
         plan: the public numbers.
         key: the run's secret.
-        digest: `run_digest` of all that determines the sum, but for the weights.
+        digest: `RunKey.digest` of all that determines the sum, but for the weights.
         threads: how many blocks are drawn at a time; the values do not depend on it.
     """
 

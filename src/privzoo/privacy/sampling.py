@@ -33,7 +33,7 @@ class PoissonDraws:
     Args:
         plan: gives N and q.
         key: the run's secret; draws are its "sampling" streams.
-        digest: `run_digest` of the run.
+        digest: `RunKey.digest` of the run.
     """
 
     def __init__(self, plan: PrivacyPlan, key: RunKey, digest: str) -> None:

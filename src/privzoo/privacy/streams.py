@@ -76,7 +76,7 @@ class RunKey:
         Args:
             purpose: "sampling", "noise", …; each has streams of its own.
             release: index of the release, from 0.
-            digest: what determines the sum (`run_digest`, and for noise the weights it is taken at).
+            digest: what determines the sum (`digest`, and for noise the weights it is taken at).
             name: the tensor that the stream fills, where a release has several.
             block: which stretch of that tensor; blocks of one stream never overlap (2^192 values apart).
         """
@@ -84,10 +84,14 @@ class RunKey:
         key = int.from_bytes(hmac.digest(self._secret, message, "sha256")[:16], "big")
         return np.random.Generator(np.random.Philox(key=key, counter=block << 192))
 
+    def digest(self, facts: dict[str, object]) -> str:
+        """Digest of all that determines a release's sum: configuration, data fingerprint, initial weights, versions, ….
+
+        It is keyed, as the ledger shows it and the facts hold a fingerprint of the private data: without the key nobody can
+        check a guess at the data against it. Under another key the same facts have another digest.
+        """
+        message = "digest " + json.dumps(facts, sort_keys=True, allow_nan=True, default=str)
+        return hmac.digest(self._secret, message.encode(), "sha256").hex()
+
     def __repr__(self) -> str:
         return f"RunKey(<secret>, is_test_key={self.is_test_key})"
-
-
-def run_digest(facts: dict[str, object]) -> str:
-    """SHA-256 of all public facts that determine a release's sum (configuration, data fingerprint, engine, versions, …)."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=True, default=str).encode()).hexdigest()
