@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import affordable, makeable
 from privzoo.privacy.ledger import Entry
-from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.plan import Phase, PrivacyPlan
 
 ROWS = torch.ones(20, 3, dtype=torch.float64)
 
@@ -58,3 +57,14 @@ def test_nothing_is_affordable_when_epsilon_is_spent(tiny_run) -> None:
     paid(run, range(8), "e" * 64)
     assert affordable(run.plan, run.ledger, run.digest, 0) == 0
     assert not makeable(run.plan, run.ledger, run.digest, 0)
+
+
+def test_releases_paid_for_are_not_paid_again(tiny_run) -> None:
+    """PRIVACY 35: after 8 small releases a dear one is left; made again from the first on, they cost nothing more.
+
+    Were they paid again, what is left would go to several small ones instead of the dear one.
+    """
+    later = (Phase(batch_size=20, epochs=1, noise_multiplier=16.0),)
+    run = tiny_run(some_plan(epsilon=None, noise_multiplier=32.0, then=later), ROWS)
+    paid(run, range(8), run.digest)
+    assert affordable(run.plan, run.ledger, run.digest, 0) == 1

@@ -155,7 +155,7 @@ def test_every_loader_but_ours_is_refused(tiny_run, foreign: Callable[[Any], Any
     """PRIVACY 1 and 25: shuffled, weighted, reordered or otherwise planned batches raise."""
     run = tiny_run(some_plan(), ROWS)
     run.loader = foreign(run)
-    refused(run, "found another sampler" if foreign.__name__.startswith("draws_of") else "private_loader")
+    refused(run, "found another sampler" if foreign.__name__.startswith("draws_of") else "the loader of private_loader")
 
 
 @pytest.mark.parametrize("other", [{"plan": some_plan(noise_multiplier=4.0)}, {"digest": "e" * 64}], ids=["plan", "digest"])
