@@ -93,7 +93,7 @@ def test_the_final_table_says_everything_of_a_run():
     assert rows["accuracy"] == "0.8751  (untrained 0.2512, higher is better)"
     assert rows["loss"] == "0.3"
     assert rows["ε"] == "7.961 spent of 8"
-    assert rows["δ"] == "6e-5  (N = 8,000)"
+    assert rows["δ"] == "6e-5  (N = 8,000, δ·N = 0.48)"
     assert rows["σ"] == "0.5397  (clip norm 0.1)"
     assert rows["steps"] == "60  (batch 400, q = 0.05)"
     assert rows["time"] == "1m01s  (1,200 examples/s)"
@@ -148,7 +148,8 @@ def test_rows_are_sorted_by_task_method_and_numeric_epsilon_with_infinity_last(r
 
 def test_what_all_rows_share_is_said_once(runs):
     text = rendered(runs_table(runs(record(), record(**INF))))
-    assert text.splitlines()[0].strip() == "task toy_text · model tiny_encoder · δ 6e-5 · finished"
+    shared = "task toy_text · model tiny_encoder · δ 6e-5 · N 8,000 · δ·N 0.48 · finished"
+    assert " ".join(text.split()).startswith(shared)
     assert text.count("tiny_encoder") == 1
     assert cells(text) == [
         ["dp_bitfit", "8", "7.961", "0.5397", "0.8751", "0.2512", "60", "1m01s", "700", "MiB"],
@@ -222,7 +223,7 @@ def test_a_damaged_folder_is_named_below_and_the_others_are_shown(runs):
     (bad / "result.json").write_text("{")
     text = rendered(runs_table([good, bad]), width=400)
     assert "Left out: " in text
-    assert str(bad) in text
+    assert str(bad) in "".join(text.split())  # a long path may be cut over two lines
     assert "dp_bitfit" in text
 
 

@@ -37,7 +37,7 @@ def final_table(record: RunRecord, folder: str | Path | None = None) -> Table:
         untrained = f"  (untrained {number(record.untrained[name])}{direction})" if name in record.untrained else ""
         table.add_row(name, Text(number(record.metrics.get(name)), style="bold") + Text(untrained))
     table.add_row("ε", _guarantee(record))
-    table.add_row("δ", f"{number(record.delta)}  (N = {record.num_examples:,})")
+    table.add_row("δ", f"{number(record.delta)}  (N = {record.num_examples:,}, δ·N = {_product(record)})")
     table.add_row("σ", f"{number(record.noise_multiplier)}  (clip norm {_bound(record.clip_norm)})")
     planned = "" if record.steps == record.steps_planned else f" of {record.steps_planned:,}"
     table.add_row(
@@ -108,6 +108,8 @@ def _columns(groups: Sequence[Sequence[RunRecord]]) -> list[_Column]:
     methods = _Column("method", [r.method for r in firsts], numeric=False)
     models = _Column("model", [_short(r.model) for r in firsts], numeric=False, common="model ")
     deltas = _Column("δ", [number(r.delta) for r in firsts], common="δ ")
+    sizes = _Column("N", [f"{r.num_examples:,}" for r in firsts], common="N ")
+    products = _Column("δ·N", [_product(r) for r in firsts], common="δ·N ")
     metrics = _Column("metric", [r.headline for r in firsts])
     scores = _Column("value", [_spread([r.metrics.get(r.headline) for r in group]) for group in groups])
     untrained = _Column("un-\ntrained", [_spread([r.untrained.get(r.headline) for r in group]) for group in groups])
@@ -122,6 +124,8 @@ def _columns(groups: Sequence[Sequence[RunRecord]]) -> list[_Column]:
         _Column("ε\ntarget", [_epsilon(r.epsilon_target) for r in firsts]),
         _Column("ε\nspent", [_spent(group) for group in groups]),
         deltas,
+        sizes,
+        products,
         _Column("σ", [number(r.noise_multiplier) for r in firsts]),
     ]
     if all(column.is_common() for column in (models, metrics, states)):
@@ -129,6 +133,11 @@ def _columns(groups: Sequence[Sequence[RunRecord]]) -> list[_Column]:
         return [tasks, methods, models, *guarantee, scores, untrained, runs, steps, times, memories, states]
     pairs = [methods.over(models), *guarantee, metrics.over(scores), untrained, runs, steps.over(states)]
     return [tasks, *pairs, times.over(memories)]
+
+
+def _product(record: RunRecord) -> str:
+    """delta times N: at 1 a mechanism may publish somebody's record, so small is good."""
+    return "–" if record.delta is None else f"{record.delta * record.num_examples:.2g}"
 
 
 def _steps(record: RunRecord) -> str:
