@@ -1,0 +1,121 @@
+"""First-order runs small enough to be computed again by hand, through a real Lightning Trainer."""
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from lightning.pytorch import Callback, Trainer
+
+from privzoo.methods.first_order import FirstOrder
+from privzoo.privacy.clipping import BookKeeping
+from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
+from privzoo.privacy.streams import RunKey
+from privzoo.tasks.base import pad_right, padding_mask
+
+N = 40
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = [
+    {"ids": torch.randint(2, 13, (2 + i % 4,), generator=GENERATOR).numpy(), "label": i % 3} for i in range(N)
+]  # lengths 2 to 5
+ADAM = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)  # as in conf/method
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+class Texts:
+    """What FirstOrder asks of a task; a row may have a `strength`, by which its loss is multiplied."""
+
+    def unit_of_row(self, batch):
+        return None
+
+    def collate(self, rows):
+        ids = [row["ids"] for row in rows]
+        return {
+            "input_ids": pad_right(ids, 0),
+            "attention_mask": padding_mask(ids),
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "strength": torch.tensor([row.get("strength", 1.0) for row in rows]),
+        }
+
+    def losses(self, model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits, batch["labels"], reduction="none") * batch["strength"].to(logits.dtype)
+
+
+def encoder():
+    """A float64 BERT of two narrow layers, every parameter of it drawn (a bias that is 0 hides mistakes)."""
+    torch.manual_seed(4)
+    config = hf.BertConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3,
+        max_position_embeddings=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
+    )  # fmt: skip
+    model = hf.BertForSequenceClassification(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class Recorder(Callback):
+    """The trained weights after each release, and the micro-batches of each."""
+
+    def __init__(self):
+        self.weights, self.sizes = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
+        self.sizes.append([len(m["labels"]) for m in batch.micro_batches])
+
+
+@dataclass
+class Run:
+    """A method with its loader, before it is trained."""
+
+    method: FirstOrder
+    draws: PoissonDraws
+    batches: PoissonBatches
+    recorder: Recorder
+
+    def fit(self):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            use_distributed_sampler=False, callbacks=[self.recorder],
+        )  # fmt: skip
+        trainer.fit(self.method, private_loader(self.batches))
+        return trainer
+
+
+@pytest.fixture
+def make_run():
+    """`make_run(plan, trainable="biases", …)`: a run over ROWS, by default DP-Adam on everything."""
+
+    def make(
+        plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
+        optimizer=ADAM, lr=1e-2, **options,
+    ):  # fmt: skip
+        key, task = RunKey.for_tests(seed), Texts()
+        method = FirstOrder(
+            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, engine, optimizer, lr,
+            **options,
+        )  # fmt: skip
+        draws = PoissonDraws(plan, key, "digest")
+        batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)
+        return Run(method.train(), draws, batches, Recorder())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plans():
+    """`plans(batch_size=8, epochs=1, private=True)`: plans over N = 40 rows at C = 0.5 and sigma = 1."""
+
+    @cache  # reckoning epsilon takes a while
+    def make(batch_size=8, epochs=1.0, private=True, clip_norm=0.5):
+        chosen = {"noise_multiplier": 1.0} if private else {"epsilon": float("inf")}
+        return PrivacyPlan(num_examples=N, batch_size=batch_size, epochs=epochs, delta=1e-3, clip_norm=clip_norm, **chosen)
+
+    return make

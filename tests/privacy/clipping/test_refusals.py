@@ -1,0 +1,180 @@
+"""What BookKeeping cannot treat exactly is refused by the name of the parameter: nothing is trained in part."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from privzoo.errors import UserError
+from privzoo.privacy.clipping import BookKeeping
+from privzoo.privacy.clipping.book_keeping import UnsupportedUse
+
+R, T, E = 3, 4, 6
+X = torch.randn(R, T, E, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 5], [0, 0, 0, 2]])
+IMAGES = torch.randn(R, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def refused(forward, parts, name):
+    """BookKeeping raises for `forward(parts)`, (R, …) summed to losses, and its sentence names the parameter."""
+    model = nn.ModuleDict(parts)
+    with pytest.raises(UnsupportedUse, match=name):
+        BookKeeping(model)(lambda: forward(model).flatten(1).sum(1), clip_norm=1.0)
+
+
+class Held(nn.Module):
+    """A parameter and a way to use it."""
+
+    def __init__(self, shape, use):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x, self.weight)
+
+
+USES = {
+    "einsum": ((2, E), lambda x, w: torch.einsum("rte,oe->rto", x, w)),
+    "matmul": ((E, 2), lambda x, w: x @ w),
+    "transposed": ((2, E), lambda x, w: x @ w.t()),
+    "indexed": ((2, E), lambda x, w: x * w[0]),
+    "in a list": ((E,), lambda x, w: torch.stack([x, w.expand_as(x)])),
+    "concatenated": ((R, T, 1), lambda x, w: torch.cat([x, w], dim=2)),
+    "by keyword": ((E,), lambda x, w: torch.where(condition=x > 0, input=x, other=w)),
+    "divided by": ((E,), lambda x, w: x / w),
+    "in place": ((E,), lambda x, w: (x * 1).add_(w)),
+    "exponential": ((), lambda x, w: x * w.exp()),
+    "added to itself": ((E,), lambda x, w: x + (w + w)),
+    "repeated": ((1, 1, E), lambda x, w: torch.cat([x, w.repeat(R, 1, 1)], dim=1)),
+    "addmm with beta": ((E, 2), lambda x, w: torch.addmm(x.new_zeros(2), x[:, 0], w, beta=0.5)),
+    "data of a linear layer": ((R, E), lambda x, w: x[:, 0] + F.linear(w, torch.eye(E))),
+    "meets a constant without rows": ((E,), lambda x, w: x + w * torch.ones(E)),
+    "meets a number as tensor": ((), lambda x, w: x * (w * torch.tensor(2.0))),
+    "one row each of another number": ((E,), lambda x, w: (x.reshape(-1, E) * w).reshape(R, T, E)),
+    "as large as the batch": ((R, T, E), lambda x, w: x * w),
+    "group norm": ((T,), lambda x, w: F.group_norm(x, 2, w)),
+    "batch norm": ((T,), lambda x, w: F.batch_norm(x, None, None, w, training=True)),
+    "functional one-dimensional convolution": ((2, T, 3), lambda x, w: F.conv1d(x, w)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_unknown_use_of_a_parameter(use):
+    shape, function = USES[use]
+    refused(lambda m: m["b"](m["a"](X)), {"a": nn.Linear(E, E), "b": Held(shape, function)}, "b.weight")
+
+
+LAYERS = {
+    "multi-head attention": (nn.MultiheadAttention(E, 2, batch_first=True), lambda m: m(X, X, X)[0], "in_proj_weight"),
+    "LSTM": (nn.LSTM(E, 2, batch_first=True), lambda m: m(X)[0], "weight_ih_l0"),
+    "bilinear": (nn.Bilinear(E, E, 2), lambda m: m(X, X), "weight"),
+    "transposed convolution": (nn.ConvTranspose2d(4, 2, 2), lambda m: m(IMAGES), "weight"),
+    "grouped convolution": (nn.Conv2d(4, 4, 3, groups=2), lambda m: m(IMAGES), "weight"),
+    "convolution with named padding": (nn.Conv2d(4, 2, 3, padding="same"), lambda m: m(IMAGES), "weight"),
+    "embedding with max_norm": (nn.Embedding(7, E, max_norm=1.0), lambda m: m(IDS), "weight"),
+    "embedding scaled by frequency": (nn.Embedding(7, E, scale_grad_by_freq=True), lambda m: m(IDS), "weight"),
+    "sparse embedding": (nn.Embedding(7, E, sparse=True), lambda m: m(IDS), "weight"),
+    "bag of embeddings": (nn.EmbeddingBag(7, E), lambda m: m(IDS), "weight"),
+    "PReLU": (nn.PReLU(), lambda m: m(X), "weight"),
+    "old weight norm": (torch.nn.utils.weight_norm(nn.Linear(E, 2)), lambda m: m(X), "weight_[gv]"),
+    "weight norm": (
+        torch.nn.utils.parametrizations.weight_norm(nn.Linear(E, 2)),
+        lambda m: m(X),
+        "parametrizations.weight.original",
+    ),
+    "spectral norm": (
+        torch.nn.utils.parametrizations.spectral_norm(nn.Linear(E, 2)),
+        lambda m: m(X),
+        "parametrizations.weight.original",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_unknown_layer(layer):
+    """The layer is in training mode, as it is when fine-tuned."""
+    module, call, name = LAYERS[layer]
+    refused(lambda m: call(m["layer"]), {"layer": module.train()}, f"layer.{name}")
+
+
+class Scaled(torch.autograd.Function):
+    """A hand-written operation, as fused kernels are: its inside is not made of torch functions."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        with torch._C.DisableTorchFunction():
+            return x * w
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        return gradient * w, (gradient * x).flatten(0, -2).sum(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("hidden", ["TorchScript", "autograd.Function", "graph made before"])
+def test_a_use_that_is_out_of_sight(hidden):
+    """PRIVACY line 16: a use that no torch function shows is found by the gradient that arrives at the parameter."""
+    if hidden == "TorchScript":
+        refused(lambda m: m["b"](m["a"](X)), {"a": nn.Linear(E, E), "b": torch.jit.script(nn.Linear(E, 2))}, "b.weight")
+    elif hidden == "autograd.Function":
+        refused(lambda m: m["b"](m["a"](X)), {"a": nn.Linear(E, E), "b": Held((E,), Scaled.apply)}, "b.weight")
+    else:
+        held = Held((E,), None)
+        before = held.weight.tanh()
+        refused(lambda m: m["a"](X) * before, {"a": nn.Linear(E, E), "b": held}, "b.weight")
+
+
+def test_a_frozen_layer_of_any_kind_is_no_obstacle(agree):
+    """Only trainable parameters matter: DP-BiTFiT on a model with attention that the engine does not know."""
+    attention = nn.MultiheadAttention(E, 2, batch_first=True).requires_grad_(False).double()
+    model = nn.ModuleDict({"a": nn.Linear(E, E).double(), "attention": attention})
+
+    def forward():
+        hidden = model["a"](X.double())
+        return attention(hidden, hidden, hidden)[0].square().flatten(1).sum(1)
+
+    agree(model, forward)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_never_silent(reentrant):
+    """PRIVACY line 13: both kinds raise; neither leaves a layer without its gradient."""
+    model = nn.ModuleDict({"a": nn.Linear(E, E), "b": nn.Linear(E, E)})
+
+    def forward():
+        hidden = checkpoint(lambda x: model["b"](x).tanh(), model["a"](X), use_reentrant=reentrant)
+        return hidden.flatten(1).sum(1)
+
+    with pytest.raises((UnsupportedUse, torch.utils.checkpoint.CheckpointError)):
+        BookKeeping(model)(forward, clip_norm=1.0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradient_checkpointing_of_transformers_is_never_silent(name, reentrant, transformer):
+    """PRIVACY line 13: as a user turns it on."""
+    model, losses = transformer(name)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    with pytest.raises((UnsupportedUse, torch.utils.checkpoint.CheckpointError)):
+        BookKeeping(model)(losses, clip_norm=1.0)
+
+
+def test_a_first_axis_that_is_not_the_example():
+    """PRIVACY line 33: (T, R, E) inside a model, as with batch_first=False."""
+    model = nn.Linear(E, 2)
+    with pytest.raises(UserError, match="first axis 3"):
+        BookKeeping(model)(lambda: model(X.transpose(0, 1)).sum((0, 2)), clip_norm=1.0)
+
+
+def test_positions_that_are_looked_up_before_any_data():
+    """The number of rows is that of the first operation: wrong there, the copies would be too many or too few."""
+    model = nn.ModuleDict({"p": nn.Embedding(T, E), "a": nn.Linear(E, E)})
+    with pytest.raises((UserError, RuntimeError)):
+        BookKeeping(model)(lambda: (model["p"](torch.arange(T)) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)

@@ -1,0 +1,255 @@
+"""Models that would break the promise are refused before the first release; models that are right pass."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from privzoo.errors import UserError
+from privzoo.privacy.clipping import BookKeeping, Loop
+from privzoo.privacy.preflight import check_engine, refuse_coupling_modules
+
+ENGINES = [BookKeeping, Loop]
+T, E = 4, 6  # as many positions as rows are compared: a wrong axis has the right size
+ROWS = [torch.randn(T, E, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+
+class Net(nn.Module):
+    """`use(net, x)` between two linear layers; x and the result are (R, T, E)."""
+
+    def __init__(self, use=lambda net, x: x, **parts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(E, E), nn.Linear(E, 1)
+        self.use = use
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.last(self.use(self, self.first(x)).tanh()).flatten(1).sin().sum(1)
+
+
+def check(model, engine=BookKeeping, rows=ROWS, losses=None, clip_norm=0.5):
+    losses = losses or (lambda batch: model(batch["x"]))
+    check_engine(engine(model), model, losses, rows, lambda rows: {"x": torch.stack(rows)}, clip_norm)
+
+
+RIGHT = {
+    "plain": Net,
+    "layer norm": lambda: Net(lambda net, x: net.norm(x), norm=nn.LayerNorm(E)),
+    "position table": lambda: Net(lambda net, x: x + net.table(torch.arange(T)), table=nn.Embedding(T, E)),
+    "attention over positions": lambda: Net(lambda net, x: F.scaled_dot_product_attention(x, x, x)),
+    "frozen attention module": lambda: Net(
+        lambda net, x: net.a(x, x, x)[0], a=nn.MultiheadAttention(E, 2, batch_first=True).requires_grad_(False)
+    ),
+    "starts from zero": lambda: Net(lambda net, x: x * net.gate, gate=nn.Parameter(torch.zeros(E))),
+    "constant buffer": lambda: Net(lambda net, x: x * net.mask, mask=nn.Buffer(torch.tril(torch.ones(T, E)))),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_model_passes_and_is_left_as_it_was(name, dtype, engine):
+    model = RIGHT[name]().to(dtype).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    refuse_coupling_modules(model)
+    check(model, engine, [row.to(dtype) for row in ROWS])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_fewer_rows_than_are_compared(number, engine):
+    check(Net(), engine, ROWS[:number])
+
+
+COUPLING = {
+    "batch norm": nn.BatchNorm1d(3),
+    "frozen batch norm": nn.BatchNorm2d(3).requires_grad_(False),
+    "batch norm in evaluation mode": nn.BatchNorm1d(3).eval(),
+    "batch norm without weights": nn.BatchNorm1d(3, affine=False),
+    "batch norm without statistics": nn.BatchNorm3d(3, track_running_stats=False),
+    "synchronised batch norm": nn.SyncBatchNorm(3),
+    "lazy batch norm": nn.LazyBatchNorm1d(),
+    "instance norm with statistics": nn.InstanceNorm2d(3, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_modules_that_mix_examples(name):
+    """PRIVACY line 12: refused wherever they are, frozen or not, by their name and with the way out."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(COUPLING[name]))
+    with pytest.raises(UserError, match=r"1\.0 is a .*Norm.*replace it by GroupNorm or LayerNorm"):
+        refuse_coupling_modules(model)
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+)
+def test_dropout(kind):
+    """PRIVACY line 28: this version has no masks keyed by example, so dropout is off or refused."""
+    refuse_coupling_modules(nn.Sequential(kind(0.0)))
+    with pytest.raises(UserError, match=r"0 has dropout p=0\.1, expected 0"):
+        refuse_coupling_modules(nn.Sequential(kind(0.1)))
+
+
+def test_norms_within_an_example_pass():
+    refuse_coupling_modules(nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm1d(3)))
+
+
+def over_batch(net, x):
+    """Attention whose positions are the rows: nn.MultiheadAttention fed as if batch_first were True."""
+    x = x.transpose(0, 1)
+    return F.scaled_dot_product_attention(x, x, x).transpose(0, 1)
+
+
+def remembered(net, x):
+    net.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
+    return x
+
+
+WRONG = {
+    "subtracts the batch mean": lambda net, x: x - x.mean(0, keepdim=True),
+    "subtracts a part of the batch mean, without gradient": lambda net, x: x - 0.05 * x.mean(0, keepdim=True).detach(),
+    "attends over the batch": over_batch,
+    "scales by the largest of the batch": lambda net, x: x / x.abs().max(),
+    "passes rows on": lambda net, x: x.roll(1, 0),
+    "depends on the number of rows": lambda net, x: x * len(x),
+    "functional batch norm": lambda net, x: F.batch_norm(x.mT, None, None, training=True).mT,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_that_influence_one_another(name, engine):
+    """PRIVACY lines 5, 7 and 12: whatever couples rows shows against each row alone."""
+    with pytest.raises(UserError, match=r"Pre-flight: .* differ by"):
+        check(Net(WRONG[name]), engine)
+
+
+def test_a_buffer_that_learns_from_the_data():
+    """PRIVACY line 12: a running mean is private data in the saved model, without noise."""
+    model = Net(remembered, mean=nn.Buffer(torch.zeros(E)))
+    with pytest.raises(UserError, match="mean"):
+        check(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reduce", [torch.mean, torch.sum], ids=["mean", "sum"])
+def test_a_loss_of_the_whole_batch(reduce, engine):
+    """PRIVACY line 7: what a model called with `labels=` gives."""
+    model = Net()
+    with pytest.raises(UserError, match="one loss a row"):
+        check(model, engine, losses=lambda batch: reduce(model(batch["x"])))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_mean_in_disguise(engine):
+    """PRIVACY line 7: one number a row, but each of them the mean."""
+    model = Net()
+    with pytest.raises(UserError, match="differ by"):
+        check(model, engine, losses=lambda batch: model(batch["x"]).mean().expand(len(batch["x"])))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_of_another_number(engine):
+    """PRIVACY line 33: a loss a token, flattened."""
+    model = Net()
+    with pytest.raises(UserError, match=r"Expected (4 losses for 4 rows, found 8|first axis 8)"):
+        check(model, engine, losses=lambda batch: model(batch["x"]).repeat(2))
+
+
+TIME_FIRST = {
+    "(T, R, E)": lambda net, x: net.inner(x.transpose(0, 1)).transpose(0, 1),
+    "(T * R, E)": lambda net, x: net.inner(x.transpose(0, 1).reshape(-1, E)).view(x.shape[1], -1, E).transpose(0, 1),
+    "two views, one behind the other": lambda net, x: net.inner(torch.cat([x[:, 0], x[:, 1]])).view(2, -1, 1, E).sum(0) + x,
+    "norm in (T, R, E)": lambda net, x: net.norm(net.inner(x).transpose(0, 1)).transpose(0, 1),
+    "bias of (T, R, E)": lambda net, x: (net.bias + net.inner(x).transpose(0, 1)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", TIME_FIRST)
+def test_a_wrong_example_axis(name):
+    """PRIVACY line 33: T == R, so no shape gives it away; only the numbers do."""
+    model = Net(TIME_FIRST[name], inner=nn.Linear(E, E), norm=nn.LayerNorm(E), bias=nn.Parameter(torch.ones(E)))
+    for part in (model.norm, model.bias):
+        part.requires_grad_("norm" in name if part is model.norm else "bias" in name)
+    with pytest.raises(UserError, match="differ by"):
+        check(model)
+    check(model, Loop)  # the model itself is right
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-5])
+@pytest.mark.parametrize("name", TIME_FIRST)
+def test_a_wrong_example_axis_behind_a_gate_that_is_still_shut(name, gate):
+    """PRIVACY line 33: at the start the part gets no gradient, as behind LoRA's zero matrix or a zero head."""
+    model = Net(
+        lambda net, x: x + TIME_FIRST[name](net, x) * net.gate,
+        inner=nn.Linear(E, E), norm=nn.LayerNorm(E), bias=nn.Parameter(torch.ones(E)),
+        gate=nn.Parameter(torch.full((E,), gate)),
+    )  # fmt: skip
+    for part in (model.norm, model.bias):
+        part.requires_grad_("norm" in name if part is model.norm else "bias" in name)
+    with pytest.raises(UserError, match="differ by"):
+        check(model)
+    assert torch.equal(model.gate, torch.full((E,), gate))
+
+
+def test_a_trainable_parameter_that_takes_no_part():
+    """PRIVACY line 16: it would collect noise and nothing else."""
+    with pytest.raises(UserError, match=r"1 trainable tensors take no part in the loss, first idle\.weight"):
+        check(Net(idle=nn.Linear(2, 2, bias=False)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite(value):
+    model = Net()
+    model.last.weight.data[0, 0] = value
+    with pytest.raises(UserError, match="weights are not all finite"):
+        check(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_example_with_a_finite_gradient(engine):
+    """PRIVACY line 9: masking is for a few poisoned rows; if all are, the run would train on noise alone."""
+    model = Net(lambda net, x: x * net.broken, broken=nn.Buffer(torch.full((E,), math.nan)))
+    with pytest.raises(UserError, match=r"None of 4 examples|take microbatch_size=1"):
+        check(model, engine)
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_a_poisoned_row_does_not_hide_a_wrong_engine(where):
+    """PRIVACY line 9: the other rows' norms are still compared; without clipping the sums alone would not tell."""
+    rows = [row.clone() for row in ROWS]
+    rows[where][0, 0] = math.nan
+    check(Net(), rows=rows)
+    with pytest.raises(UserError, match="gradient norms"):
+        check(Net(), partial(Halved, what="norms"), rows)
+
+
+class Halved(BookKeeping):
+    """An engine that is wrong in one thing."""
+
+    def __init__(self, model, what):
+        super().__init__(model)
+        self.what = what
+
+    def __call__(self, *args, **kwargs):
+        found = super().__call__(*args, **kwargs)
+        if self.what == "norms":
+            found.norms.mul_(0.5)
+        else:
+            found.sums[self.what].mul_(0.5)
+        return found
+
+
+@pytest.mark.parametrize("what", ["norms", "first.weight", "first.bias", "last.weight", "last.bias"])
+def test_an_engine_that_is_wrong_in_one_thing(what):
+    with pytest.raises(UserError, match="gradient norms" if what == "norms" else f"clipped sum of {what}"):
+        check(Net(), partial(Halved, what=what))
