@@ -233,22 +233,18 @@ ACCOUNT_MUTANTS = [
            (ACCOUNTING + "calibrated_noise_is_the_smallest",)),
 ]  # fmt: skip
 
-CHARGE = """        if self.ledger.charge(entry):
-            self.left -= 1
-"""
-UNTIL_END = """
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-"""
+CHARGE = "self.left -= self.ledger.charge(entry)"
+CHARGE_LATER = """made = pl_module.training_step
+            pl_module.training_step = lambda *given: (setattr(pl_module, "training_step", made), made(*given),
+                                                      self.ledger.charge(entry))[1]
+            self.left -= 1"""
 CHECKED = "_refuse_loader(trainer.train_dataloader, plan, digest, mechanism)"
 TOGETHER = "if holder.plan is not plan or holder.digest != digest:"
 FOREIGN = CALLBACK + "every_loader_but_ours_is_refused"
 CALLBACK_MUTANTS = [
-    Mutant("charged after the release", "35", "privacy/callback.py", CHARGE + UNTIL_END,
-           "        self.due = entry\n" + UNTIL_END + CHARGE.replace("entry", "self.due"),
+    Mutant("charged after the release", "35", "privacy/callback.py", CHARGE, CHARGE_LATER,
            (CALLBACK + "a_release_is_paid_for_on_disk_before_it_is_made",)),
-    Mutant("not charged at all", "24 35", "privacy/callback.py", "if self.ledger.charge(entry):", "if True:",
+    Mutant("not charged at all", "24 35", "privacy/callback.py", CHARGE, "self.left -= 1",
            (CALLBACK + "a_release_is_paid_for_on_disk_before_it_is_made", RELEASE + "micro_batches_make_one_release")),
     Mutant("loader check dropped", "1 25", "privacy/callback.py", f"    {CHECKED}\n", "",
            (f"{FOREIGN}[shuffled]", f"{FOREIGN}[draws_of_another_plan]")),
@@ -258,8 +254,8 @@ CALLBACK_MUTANTS = [
            (f"{FOREIGN}[other_rows_in_our_order]",)),
     Mutant("several draws in one batch accepted", "25", "privacy/callback.py", " or loader.batch_size is not None:", ":",
            (f"{FOREIGN}[several_draws_in_one]",)),
-    Mutant("sampler of another plan accepted", "1", "privacy/callback.py", '("sampler", batches.draws)', '("sampler", mechanism)',
-           (f"{FOREIGN}[draws_of_another_plan]",)),
+    Mutant("sampler of another plan accepted", "1", "privacy/callback.py", '("sampler", batches.draws)',
+           '("sampler", mechanism)', (f"{FOREIGN}[draws_of_another_plan]",)),
     Mutant("noise of another plan accepted", "1", "privacy/callback.py", ', ("noise", mechanism))', ",)",
            (CALLBACK + "noise_of_another_plan_is_refused[plan]", CALLBACK + "noise_of_another_plan_is_refused[digest]")),
     Mutant("plans not compared", "1", "privacy/callback.py", TOGETHER, "if holder.digest != digest:",

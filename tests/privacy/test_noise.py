@@ -210,16 +210,16 @@ class Allocations(TorchDispatchMode):
 
 
 def test_a_large_sum_is_not_copied() -> None:
-    """Of a sum of 16 blocks (16 MiB), numpy holds at most 3 blocks at a time and torch makes none larger than one."""
-    sums, drawing = {"w": torch.zeros(16 * BLOCK)}, mechanism(threads=1)
+    """Of a sum of 16 MiB, numpy holds at most 3 MiB at a time and torch makes no tensor larger than 1 MiB."""
+    sums, drawing = {"w": torch.zeros(16 * 2**18)}, mechanism(threads=1)
     drawing._pool = SimpleNamespace(map=map)  # type: ignore[assignment]  # in this thread, where torch can be watched
     with Allocations(sums["w"]) as watched:
         tracemalloc.start()
         drawing.release(sums, 0, WEIGHTS)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert 4 * BLOCK <= peak < 3 * 4 * BLOCK
-    assert max(watched.sizes, default=0) <= 4 * BLOCK
+    assert 2**20 <= peak < 3 * 2**20
+    assert max(watched.sizes, default=0) <= 2**20
 
 
 # ---- fingerprint
