@@ -17,7 +17,6 @@ the public part. Rows are fresh objects: a caller may change them.
 """
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 
@@ -34,16 +33,24 @@ _SIZES = {
     "images": {"train": 4000, "validation": 500},
 }
 PUBLIC_OPINIONS = 9000
-_PUBLIC_LISTINGS, _PUBLIC_IMAGES = 5000, 6000
+_PUBLIC_LISTINGS, _PUBLIC_IMAGES = 5000, 12000
 
-_NOUNS = """soup pasta curry bread salad coffee cake wine service room view music staff film story acting ending garden
-breakfast museum""".split()
+_NOUNS = [
+    "soup", "pasta", "curry", "bread", "salad", "coffee", "cake", "wine", "service", "room", "view", "music",
+    "staff", "film", "story", "acting", "ending", "garden", "breakfast", "museum",
+]  # fmt: skip
 _ADJECTIVES = {
-    1: "good great lovely superb pleasant charming excellent wonderful delightful fine brilliant splendid".split(),
-    -1: "bad awful bland dull dreadful horrible poor nasty terrible boring shabby miserable".split(),
-}
-_VERBS = {1: "liked loved enjoyed praised".split(), -1: "hated disliked regretted cursed".split()}
-_PEOPLE = "we they i you everybody anna peter".split()
+    1: [
+        "good", "great", "lovely", "superb", "pleasant", "charming", "excellent", "wonderful", "delightful",
+        "fine", "brilliant", "splendid",
+    ],
+    -1: [
+        "bad", "awful", "bland", "dull", "dreadful", "horrible", "poor", "nasty", "terrible", "boring",
+        "shabby", "miserable",
+    ],
+}  # fmt: skip
+_VERBS = {1: ["liked", "loved", "enjoyed", "praised"], -1: ["hated", "disliked", "regretted", "cursed"]}
+_PEOPLE = ["we", "they", "i", "you", "everybody", "anna", "peter"]
 _STRENGTH = ["very", "really", "quite", "so", "rather"]
 _DETAIL = ["small", "large", "local", "famous", "old", "new"]
 _OUTCOMES = {
@@ -63,10 +70,17 @@ _OUTCOMES = {
     ],
 }
 
-_NAMES = """Aroma Bento Corner Dune Ember Fennel Grove Harvest Iris Juniper Kettle Lantern Mango Nettle Olive Pepper
-Quince Raven Saffron Thistle Umber Velvet Willow Yarrow Zephyr Anchor Basil Clove Drift Elm Fig Ginger Heron Ivy Jasmine
-Kestrel Laurel Maple Nutmeg Otter Plum Quill Rosemary Sage Tulip Urchin Vine Walnut""".split()
-_FOODS = "thai italian indian french greek english chinese spanish turkish mexican polish korean".split()
+_NAMES = [
+    "Aroma", "Bento", "Corner", "Dune", "Ember", "Fennel", "Grove", "Harvest", "Iris", "Juniper", "Kettle",
+    "Lantern", "Mango", "Nettle", "Olive", "Pepper", "Quince", "Raven", "Saffron", "Thistle", "Umber",
+    "Velvet", "Willow", "Yarrow", "Zephyr", "Anchor", "Basil", "Clove", "Drift", "Elm", "Fig", "Ginger",
+    "Heron", "Ivy", "Jasmine", "Kestrel", "Laurel", "Maple", "Nutmeg", "Otter", "Plum", "Quill", "Rosemary",
+    "Sage", "Tulip", "Urchin", "Vine", "Walnut",
+]  # fmt: skip
+_FOODS = [
+    "thai", "italian", "indian", "french", "greek", "english", "chinese", "spanish", "turkish", "mexican", "polish",
+    "korean",
+]  # fmt: skip
 _AREAS = {
     "riverside": "by the riverside",
     "centre": "in the city centre",
@@ -104,7 +118,7 @@ def public_text() -> list[str]:
     opinions = []
     for i in range(PUBLIC_OPINIONS):
         polarity = 1 if i % 2 else -1
-        opinion, noun = _opinion(rng, polarity, private=False, weights=(63, 30, 7))
+        opinion, noun = _opinion(rng, polarity, private=False, weights=(50, 40, 10))
         opinions.append(f"{opinion} {rng.choice(_OUTCOMES[polarity]).format(noun=noun)}")
     listings = [_listing(rng, private=False) for _ in range(_PUBLIC_LISTINGS)]
     return opinions + [f"{fields} = {text}" for fields, text in listings]
@@ -126,7 +140,10 @@ def text_rows(split: str) -> list[dict]:
         rows = []
         for i in range(size):
             label = i % 2
-            text = _unseen(seen, lambda label=label: _opinion(rng, 2 * label - 1, private=True, weights=(40, 35, 25))[0])
+            text = _opinion(rng, 2 * label - 1, private=True, weights=(40, 35, 25))[0]
+            while text in seen:
+                text = _opinion(rng, 2 * label - 1, private=True, weights=(40, 35, 25))[0]
+            seen.add(text)
             # Rows i and i+1 have opposite labels and are flipped together, so the noise keeps the balance.
             flip = (i // 2) % round(1 / LABEL_NOISE) == 0
             rows.append({"text": text, "label": 1 - label if flip else label})
@@ -139,7 +156,8 @@ def text_rows(split: str) -> list[dict]:
 def lm_rows(split: str) -> list[dict]:
     """Rows {"prompt": str, "target": str} of toy_lm: the fields of a restaurant, and a sentence that says them all.
 
-    No two rows, of either split, are about the same fields, in whatever order; three ways of saying them are equally likely, so that the best perplexity is above 1.
+    No two rows, of either split, are about the same fields, in whatever order. Three ways of saying them are equally
+    likely, so that the best perplexity is above 1.
 
     Args:
         split: "train" (4,000 rows) or "validation" (500 rows).
@@ -147,7 +165,7 @@ def lm_rows(split: str) -> list[dict]:
     rng = random.Random(13)
     seen: set[str] = set()
     for name, size in _SIZES["lm"].items():
-        rows = []
+        rows: list[dict] = []
         while len(rows) < size:
             fields, text = _listing(rng, private=True)
             restaurant = " ; ".join(sorted(fields.split(" ; ")))
@@ -174,15 +192,8 @@ def image_rows(split: str) -> list[dict]:
 
 
 def public_images() -> list[dict]:
-    """6,000 rows as those of `image_rows`, of the eight PUBLIC_SHAPES, for pretraining."""
+    """12,000 rows as those of `image_rows`, of the eight PUBLIC_SHAPES, for pretraining."""
     return _image_rows(np.random.default_rng(16), PUBLIC_SHAPES, _PUBLIC_IMAGES)
-
-
-def _unseen(seen: set[str], draw: Callable[[], str]) -> str:
-    while (text := draw()) in seen:
-        pass
-    seen.add(text)
-    return text
 
 
 def _opinion(rng: random.Random, polarity: int, private: bool, weights: tuple[int, int, int]) -> tuple[str, str]:
@@ -239,16 +250,16 @@ def _image_rows(rng: np.random.Generator, shapes: tuple[str, ...], size: int) ->
 
 def _image(rng: np.random.Generator, shape: str) -> np.ndarray:
     """One noisy picture (16, 16, 3) uint8. Integers only: rounding must not differ between machines."""
-    radius = rng.integers(9, 14)  # in half pixels, as are dx and dy
+    radius = int(rng.integers(9, 14))  # in half pixels, as are dx and dy
     centre = rng.integers(radius, 2 * IMAGE_SIZE - 1 - radius, size=2, endpoint=True)
     dy, dx = np.meshgrid(*(2 * np.arange(IMAGE_SIZE) - c for c in centre), indexing="ij")
     inside = _inside(shape, dx, dy, radius)
     colours = rng.integers(70, 186, size=(2, 3))
-    # Ground and figure differ by 50 to 100 grey levels on average, either of them may be the brighter.
-    step = int(rng.integers(50, 101)) * (1 if rng.integers(2) else -1)
+    # Ground and figure differ by 60 to 110 grey levels on average, either of them may be the brighter.
+    step = int(rng.integers(60, 111)) * (1 if rng.integers(2) else -1)
     colours[1] = colours[0] + step + rng.integers(-20, 21, size=3)
     picture = np.where(inside[..., None], colours[1] + _texture(rng), colours[0] + _texture(rng))
-    return np.clip(picture + rng.integers(-30, 31, size=picture.shape), 0, 255).astype(np.uint8)
+    return np.clip(picture + rng.integers(-25, 26, size=picture.shape), 0, 255).astype(np.uint8)
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
@@ -32,6 +34,7 @@ _AUTO_CLASSES = {
 }
 # What transformers, safetensors and torch raise for files that are missing, cut short or not what their name says.
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+_DROPOUT_NAMES = ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")
 _HUB_TIMEOUT = 5.0  # seconds; transformers itself would retry an unreachable hub for 23
 
 
@@ -47,7 +50,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    processor: object
+    processor: Any
     new_head: tuple[str, ...]
 
 
@@ -137,6 +140,10 @@ def _locate(path: str) -> tuple[str, bool]:
         raise UserError(f"{path} is a file: model.path expects the folder of a model, or a hub name.")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"{path} does not exist: model.path expects the folder of a model, or a hub name.")
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise UserError(f"{path!r} is neither a folder here nor a possible hub name: check model.path.") from None
     reason = _why_hub_fails(path)
     if reason and not isinstance(try_to_load_from_cache(path, "config.json"), str):
         raise UserError(
@@ -153,8 +160,6 @@ def _why_hub_fails(name: str) -> str | None:
         if constants.HF_HUB_OFFLINE:
             return "HF_HUB_OFFLINE is set and the cache does not hold it"
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except HFValidationError:
-        raise UserError(f"{name!r} is neither a folder here nor a possible hub name: check model.path.") from None
     except GatedRepoError:
         return "it is gated: accept its terms there and log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -219,13 +224,12 @@ def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _set_dropout(value, dropout)
-        elif any(part in name for part in ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")):
-            # None means "as another field" (classifier_dropout); booleans are switches, not probabilities.
-            if not isinstance(value, bool) and (value is None or isinstance(value, int | float)):
-                setattr(config, name, dropout)
+        # None means "as another field" (classifier_dropout); booleans are switches, not probabilities.
+        elif (value is None or type(value) in (int, float)) and any(part in name for part in _DROPOUT_NAMES):
+            setattr(config, name, dropout)
 
 
-def _processor(source: str, kind: str, config: PretrainedConfig, options: dict) -> object:
+def _processor(source: str, kind: str, config: PretrainedConfig, options: dict) -> Any:
     if kind == "image_classification":
         # PIL also where torchvision is installed: its resizing differs, and results must not.
         return transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options)
@@ -257,8 +261,8 @@ def _new_head(path: str, model: transformers.PreTrainedModel, report: dict) -> t
     return names
 
 
-def _check_vocabulary(path: str, tokenizer: object, model: transformers.PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+def _check_vocabulary(path: str, tokenizer: Any, model: transformers.PreTrainedModel) -> None:
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise UserError(
             f"The tokenizer of {path!r} knows {len(tokenizer)} tokens but the model embeds {rows}: they belong to"

@@ -12,9 +12,8 @@ weights beside this file are replaced.
 - tiny_vit: ViT, 3 layers, trained to name the public shapes; saved without that head.
 """
 
-import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +40,17 @@ from privzoo import toyworld
 from privzoo.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
+_END = "<|endoftext|>"
 _IGNORED = -100  # the label that cross_entropy leaves out
 
 
 def encoder(folder: Path) -> None:
     """Pretrains tiny_encoder and saves model and tokenizer into `folder`."""
-    documents = toyworld.public_text()
+    documents = toyworld.public_text()[: toyworld.PUBLIC_OPINIONS]
     tokenizer = _word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], bert=True)
-    rng = random.Random(1)
+    opinions, *followed_by = zip(*map(_split_opinion, documents), strict=True)
+    whole, alone = (tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (documents, opinions))
+    answers = [torch.from_numpy(np.unique(kind, return_inverse=True)[1]) for kind in followed_by]
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -64,34 +66,31 @@ def encoder(folder: Path) -> None:
     model.bert = BertModel(config)
     model.init_weights()
 
-    opinions = [_split_opinion(text) for text in documents[: toyworld.PUBLIC_OPINIONS]]
-    answers = [sorted(set(kind)) for kind in list(zip(*opinions, strict=True))[1:]]
-    heads = nn.ModuleList([nn.Linear(config.hidden_size, len(kind)) for kind in answers])  # thrown away
+    # One for what came of it and one for the noun that this was about; thrown away.
+    heads = nn.ModuleList([nn.Linear(config.hidden_size, int(kind.max()) + 1) for kind in answers])
 
     def loss(step: int) -> Tensor:
         # With masked words from the start the [CLS] vector never gets off its plateau.
-        if step > 200 and step % 4 == 0:
-            batch = tokenizer(rng.choices(documents, k=32), padding=True, return_tensors="pt")
-            inputs, labels = _mask_words(batch.pop("input_ids"), tokenizer)
-            return cross_entropy(model(inputs, **batch).logits.flatten(0, 1), labels.flatten())
-        texts, *followed_by = zip(*rng.choices(opinions, k=64), strict=True)
-        pooled = model.bert(**tokenizer(list(texts), padding=True, return_tensors="pt")).pooler_output
-        total = pooled.new_zeros(())
-        for head, kind, given in zip(heads, answers, followed_by, strict=True):
-            total = total + cross_entropy(head(pooled), torch.tensor([kind.index(answer) for answer in given]))
-        return total
+        if step > 450 and step % 2:
+            batch = _some(whole, 64)
+            inputs, labels = _mask_words(batch["input_ids"], tokenizer)
+            logits = model(input_ids=inputs, attention_mask=batch["attention_mask"]).logits
+            return cross_entropy(logits.flatten(0, 1), labels.flatten())
+        batch = _some({**alone, "outcome": answers[0], "noun": answers[1]}, 64)
+        pooled = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+        return cross_entropy(heads[0](pooled), batch["outcome"]) + cross_entropy(heads[1](pooled), batch["noun"])
 
-    _train([model, heads], loss, steps=700, learning_rate=3e-3)
+    _train([model, heads], loss, steps=900, learning_rate=3e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def language_model(folder: Path) -> None:
     """Pretrains tiny_lm and saves model and tokenizer into `folder`."""
-    documents = toyworld.public_text()
-    end = "<|endoftext|>"
-    tokenizer = _word_tokenizer([end, "[UNK]"], bert=False)
-    rng = random.Random(2)
+    documents = [f"{text} {_END}" for text in toyworld.public_text()]
+    tokenizer = _word_tokenizer([_END, "[UNK]"], bert=False)
+    parts = documents[: toyworld.PUBLIC_OPINIONS], documents[toyworld.PUBLIC_OPINIONS :]
+    opinions, listings = (tokenizer(part, padding=True, return_tensors="pt") for part in parts)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -111,14 +110,12 @@ def language_model(folder: Path) -> None:
 
     def loss(step: int) -> Tensor:
         # Copying a name out of the fields is what takes long to learn, so listings come up more often than they are.
-        part = documents[toyworld.PUBLIC_OPINIONS :] if step % 8 else documents
-        chosen = [f"{text} {end}" for text in rng.choices(part, k=64)]
-        batch = tokenizer(chosen, padding=True, return_tensors="pt")
+        batch = _some(listings if step % 8 else opinions, 64)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IGNORED)
-        logits = model(**batch).logits
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    _train([model], loss, steps=600, learning_rate=4e-3)
+    _train([model], loss, steps=350, learning_rate=4e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -132,22 +129,20 @@ def image_model(folder: Path) -> None:
     )
     pixels = processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
     labels = torch.tensor([row["label"] for row in rows])
-    rng = np.random.default_rng(3)
-    model = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=size,
-            patch_size=4,
-            num_labels=len(toyworld.PUBLIC_SHAPES),
-        )
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=size,
+        patch_size=4,
     )
+    config.num_labels = len(toyworld.PUBLIC_SHAPES)
+    model = ViTForImageClassification(config)
 
     def loss(step: int) -> Tensor:
-        chosen = torch.from_numpy(rng.integers(len(rows), size=64))
-        return cross_entropy(model(pixels[chosen]).logits, labels[chosen])
+        batch = _some({"pixels": pixels, "labels": labels}, 64)
+        return cross_entropy(model(batch["pixels"]).logits, batch["labels"])
 
     _train([model], loss, steps=800, learning_rate=2e-3)
     model.vit.save_pretrained(folder)
@@ -183,9 +178,8 @@ def _word_tokenizer(special: list[str], bert: bool) -> PreTrainedTokenizerFast:
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="[UNK]"))
     core.pre_tokenizer = WhitespaceSplit()
     if not bert:
-        end = special[0]
         return PreTrainedTokenizerFast(
-            tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end, unk_token="[UNK]", model_max_length=64
+            tokenizer_object=core, bos_token=_END, eos_token=_END, pad_token=_END, unk_token="[UNK]", model_max_length=64
         )
     core.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -204,6 +198,12 @@ def _word_tokenizer(special: list[str], bert: bool) -> PreTrainedTokenizerFast:
     )
 
 
+def _some(columns: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """`size` random rows of every column, the same ones of each."""
+    rows = torch.randint(len(next(iter(columns.values()))), (size,))
+    return {name: column[rows] for name, column in columns.items()}
+
+
 def _mask_words(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Hides a fifth of the words. Returns inputs and labels, both (B, T); labels are _IGNORED where nothing is hidden."""
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
@@ -214,7 +214,8 @@ def _mask_words(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor
 def _split_opinion(document: str) -> tuple[str, str, str]:
     """An opinion, what came of it, and the noun that this was about."""
     opinion, _, outcome = document.removesuffix(" .").partition(" . ")
-    return f"{opinion} .", *outcome.rsplit(" ", 1)
+    outcome, _, noun = outcome.rpartition(" ")
+    return f"{opinion} .", outcome, noun
 
 
 def _train(modules: list[nn.Module], loss: Callable[[int], Tensor], steps: int, learning_rate: float) -> None:

@@ -1,0 +1,124 @@
+"""The committed tiny models are what the script makes, from public data alone, and small."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from privzoo import toyworld
+from privzoo.models import pretrain
+
+NAMES = ["tiny_encoder", "tiny_lm", "tiny_vit"]
+COMMITTED = pretrain.TINY_FOLDER
+
+
+def public_loss(folder: Path) -> float:
+    """How well the model in `folder` knows the public part; for the ViT, which has no head, by a linear probe."""
+    if folder.name == "tiny_vit":
+        rows = toyworld.public_images()[:1500]
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        pixels = processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        body = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
+        with torch.no_grad():
+            features = body(pixels).last_hidden_state[:, 0].double()
+        features = torch.cat([features, torch.ones(len(rows), 1)], dim=1)
+        wanted = torch.eye(8, dtype=torch.float64)[[row["label"] for row in rows]]
+        return float((features @ torch.linalg.lstsq(features, wanted).solution - wanted).square().mean())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = toyworld.public_text()[8900:9100]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    if folder.name == "tiny_lm":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1]
+        return float(cross_entropy(logits[real[:, 1:]], ids[:, 1:][real[:, 1:]]))
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    texts_part = slice(0, 100)  # opinions; the encoder has read nothing else
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids > 4)
+    with torch.no_grad():
+        logits = model(ids.masked_fill(hidden, tokenizer.mask_token_id), real.long()).logits
+    return float(cross_entropy(logits[texts_part][hidden[texts_part]], ids[texts_part][hidden[texts_part]]))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that the script has made just now."""
+    out = tmp_path_factory.mktemp("pretrained")
+    assert pretrain.main([f"out={out}", f"model={request.param}"]) == 0
+    assert [path.name for path in out.iterdir()] == [request.param]
+    return out / request.param
+
+
+def test_the_script_makes_the_committed_files(made: Path) -> None:
+    committed = COMMITTED / made.name
+    assert sorted(p.name for p in made.iterdir()) == sorted(p.name for p in committed.iterdir())
+    for path in committed.glob("*.json"):
+        texts = [(folder / path.name).read_text() for folder in (made, committed)]
+        contents = [json.loads(text) for text in texts]
+        for content in contents:
+            content.pop("transformers_version", None)
+        assert contents[0] == contents[1], path.name
+        if path.name.startswith("tokenizer"):
+            assert texts[0] == texts[1]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (made, committed))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    # Bit for bit on one kind of processor; another one rounds otherwise, and training spreads that.
+    apart = {n: float(cosine_similarity(ours[n].flatten(), theirs[n].flatten(), dim=0)) for n in ours}
+    assert min(apart.values()) > 0.98, min(apart, key=apart.__getitem__)
+    assert public_loss(made) == pytest.approx(public_loss(committed), rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("tiny_encoder", 3.0), ("tiny_lm", 1.5), ("tiny_vit", 0.07)])
+def test_committed_model_knows_the_public_part(name: str, at_most: float) -> None:
+    """Untrained ones score 5.4, 5.5 and 0.10."""
+    assert public_loss(COMMITTED / name) < at_most
+
+
+def test_committed_models_are_small_and_of_float32() -> None:
+    files = [path for path in COMMITTED.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 2 * 2**20
+    for path in COMMITTED.glob("*/model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+def test_making_reads_nothing_private_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for private in ("text_rows", "lm_rows", "image_rows"):
+        monkeypatch.setattr(toyworld, private, lambda split: pytest.fail("private rows were read"))
+    monkeypatch.setattr(pretrain, "_train", lambda modules, loss, steps, learning_rate: loss(0).backward())
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for name in NAMES:
+        pretrain.make(name, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_what_is_made_hangs_on_no_global_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "_train", lambda modules, loss, steps, learning_rate: loss(0))
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        weights.append(load_file(pretrain.make("tiny_vit", tmp_path / str(seed)) / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [("model=huge", ["model='huge'", "tiny_encoder"]), ("name=tiny_lm", ["'name'", "out=<folder>", "model="])],
+)
+def test_bad_argument(argument: str, parts: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert pretrain.main([argument]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("privzoo: ")
+    assert printed.err.count("\n") == 1
+    for part in parts:
+        assert part in printed.err
