@@ -1,7 +1,7 @@
 """Every mutant of tests/mutants.py turns its tests red, and they are green without it.
 
 Run as a script this file is the zygote: it imports what is slow to import, but nothing of privzoo and without any torch
-operation (threads do not survive a fork), and forks a child for each test under each mutant. The child imports privzoo
+operation (threads do not survive a fork), and forks a child for each mutant. The child imports privzoo
 from a mutated copy of src.
 """
 
@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MUTANTS = runpy.run_path(str(Path(__file__).with_name("mutants.py")))["MUTANTS"]
-SECONDS = 120  # a test under a mutant that hangs is ended, and told apart from one that fails
+SECONDS = 120  # a mutant under which a test hangs is ended, and told apart from one that is caught
 BROKEN = (
     "NameError",
     "SyntaxError",
@@ -35,7 +37,7 @@ BROKEN = (
 
 
 class Zygote:
-    """Runs one test in a child of the zygote; what it found without a mutant is remembered."""
+    """Runs tests in children of the zygote; what they do without a mutant is remembered."""
 
     def __init__(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -45,20 +47,25 @@ class Zygote:
         )  # fmt: skip
         self._unmutated: dict[str, dict] = {}
 
-    def run(self, test: str, file: str = "", old: str = "", new: str = "") -> dict:
-        """`{"code": pytest's exit code, "why": message of the first failure, "output": what it printed}`."""
-        if not file and test in self._unmutated:
-            return self._unmutated[test]
+    def run(self, tests: Sequence[str], file: str = "", old: str = "", new: str = "") -> dict:
+        """`{"code": pytest's exit code, "failed": {node id: message}, "output": what was printed}`.
+
+        Of a test that runs in parts, the parts after the first failing one are left out.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"test": test, "file": file, "old": old, "new": new}) + "\n")
+        self._process.stdin.write(json.dumps({"tests": tests, "file": file, "old": old, "new": new}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the zygote died"
-        found = json.loads(answer)
-        if not file:
-            self._unmutated[test] = found
-        return found
+        return json.loads(answer)
+
+    def unmutated(self, file: str) -> dict:
+        """What all tests do that any mutant names in one test file, with the code as it is."""
+        if file not in self._unmutated:
+            named = {test for mutant in MUTANTS for test in mutant.tests if test.startswith(f"{file}::")}
+            self._unmutated[file] = self.run(sorted(named))
+        return self._unmutated[file]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -78,13 +85,22 @@ def test_mutant_is_caught(zygote: Zygote, mutant) -> None:
     """Each test of the mutant passes as the code is, and fails under the mutant for a reason of its own."""
     count = (REPOSITORY / "src/privzoo" / mutant.file).read_text().count(mutant.old)
     assert count == 1, f"mutant '{mutant.name}': its old text occurs {count} times in {mutant.file}, expected once"
+    for file in {test.split("::")[0] for test in mutant.tests}:
+        plain = zygote.unmutated(file)
+        assert plain["code"] in (0, 1), f"{file} does not run without a mutant (code {plain['code']}):\n{plain['output']}"
+        red = [test for test in mutant.tests if reasons(plain, test)]
+        assert not red, f"{red} fail without a mutant:\n{plain['output']}"
+    found = zygote.run(mutant.tests, mutant.file, mutant.old, mutant.new)
+    assert found["code"] in (0, 1), f"mutant '{mutant.name}': pytest ends with code {found['code']}:\n{found['output']}"
     for test in mutant.tests:
-        plain = zygote.run(test)
-        assert plain["code"] == 0, f"{test} does not pass without a mutant (code {plain['code']}):\n{plain['output']}"
-        found = zygote.run(test, mutant.file, mutant.old, mutant.new)
-        assert found["code"] != 0, f"mutant '{mutant.name}' (PRIVACY {mutant.lines}) survives {test}"
-        assert found["code"] == 1, f"{test}: expected a failure, found pytest code {found['code']}:\n{found['output']}"
-        assert not found["why"].startswith(BROKEN), f"mutant '{mutant.name}' is no running code: {found['why']}"
+        why = reasons(found, test)
+        assert why, f"mutant '{mutant.name}' (PRIVACY {mutant.lines}) survives {test}"
+        assert not why[0].startswith(BROKEN), f"mutant '{mutant.name}' is no running code: {why[0]}"
+
+
+def reasons(found: dict, test: str) -> list[str]:
+    """Messages of the failures of a test or its parts."""
+    return [why for name, why in found["failed"].items() if name == test or name.startswith(f"{test}[")]
 
 
 def test_mutants_are_told_apart() -> None:
@@ -92,32 +108,39 @@ def test_mutants_are_told_apart() -> None:
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
 
 
-def test_a_mutant_that_changes_nothing_survives(zygote: Zygote) -> None:
-    """The proof can fail: an edit without effect is a survivor, a missing test and broken code are not taken for a catch."""
+def test_the_proof_can_fail(zygote: Zygote) -> None:
+    """An edit without effect is a survivor; a missing test and broken code are not taken for a catch."""
     test, edit = MUTANTS[0].tests[0], ("privacy/noise.py", "BLOCK = 1 << 18")
-    assert zygote.run(test, *edit, "BLOCK = 2**18")["code"] == 0
-    assert zygote.run(test + "_missing", *edit, "BLOCK = 2**18")["code"] == 4
-    assert zygote.run(test, *edit, "BLOCK = 1 <<")["code"] not in (0, 1)
-    assert zygote.run(test, *edit, "BLOCK = 1 << 18\n\n\ndel np")["why"].startswith("NameError")
+    assert zygote.run([test], *edit, "BLOCK = 2**18")["code"] == 0
+    assert zygote.run([test + "_missing"], *edit, "BLOCK = 2**18")["code"] == 4
+    assert zygote.run([test], *edit, "BLOCK = 1 <<")["code"] not in (0, 1)
+    (why,) = zygote.run([test], *edit, "BLOCK = 1 << 18\n\n\ndel np")["failed"].values()
+    assert why.startswith("NameError")
 
 
 # ---- the zygote
 
 
-class FirstFailure:
-    """A pytest plugin that keeps the message of the first failure."""
+class Failures:
+    """A pytest plugin that keeps the message of every failure, and runs no further part of a named test that failed."""
 
-    def __init__(self) -> None:
-        self.why = ""
+    def __init__(self, named: list[str]) -> None:
+        self.named = named
+        self.why: dict[str, str] = {}
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        found = {"failed": self.why}
+        of = [test for test in self.named if item.nodeid == test or item.nodeid.startswith(f"{test}[")]
+        return True if all(reasons(found, test) for test in of) else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and not self.why:
+        if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.why = str(crash.message if crash else report.longrepr)
+            self.why.setdefault(report.nodeid, str(crash.message if crash else report.longrepr))
 
 
-def child(request: dict[str, str], folder: Path) -> int:
-    """Run the test in this process with privzoo from a copy of src; returns pytest's exit code."""
+def child(request: dict[str, Any], folder: Path) -> int:
+    """Run the tests in this process with privzoo from a copy of src; returns pytest's exit code."""
     os.setsid()
     copy, output = folder / "src", os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -129,31 +152,31 @@ def child(request: dict[str, str], folder: Path) -> int:
         text = file.read_text()
         assert text.count(request["old"]) == 1
         file.write_text(text.replace(request["old"], request["new"]))
-        shutil.rmtree(file.parent / "__pycache__", ignore_errors=True)
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+            compiled.unlink()
     sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)  # for processes that the test starts
     import privzoo
 
     assert Path(privzoo.__file__).is_relative_to(copy), f"privzoo comes from {privzoo.__file__}"
     options = [
-        "-p",
-        "no:unraisableexception",
-        "-x",
         "-q",
         "--no-header",
         "--tb=short",
+        "-p",
+        "no:unraisableexception",
         "-o",
         "addopts=",
         "--import-mode=importlib",
     ]
-    keeper = FirstFailure()
+    failures = Failures(request["tests"])
     places = ["-o", f"cache_dir={folder}/cache", f"--basetemp={folder}/tmp"]
-    code = int(pytest.main([*options, *places, request["test"]], plugins=[keeper]))
-    (folder / "why").write_text(keeper.why)
+    code = int(pytest.main([*options, *places, *request["tests"]], plugins=[failures]))
+    (folder / "failed").write_text(json.dumps(failures.why))
     return code
 
 
-def answer(request: dict[str, str], folder: Path) -> dict[str, object]:
+def answer(request: dict[str, Any], folder: Path) -> dict[str, object]:
     """Fork, wait, and report; a child that takes too long is killed and has code -9."""
     process = os.fork()
     if process == 0:
@@ -172,10 +195,10 @@ def answer(request: dict[str, str], folder: Path) -> dict[str, object]:
             status = os.waitpid(process, 0)
             break
         time.sleep(0.005)
-    why, output = (folder / name for name in ("why", "output"))
+    failed, output = folder / "failed", folder / "output"
     return {
         "code": os.waitstatus_to_exitcode(status[1]),
-        "why": why.read_text() if why.exists() else "",
+        "failed": json.loads(failed.read_text()) if failed.exists() else {},
         "output": output.read_text(errors="replace")[-4000:] if output.exists() else "",
     }
 
