@@ -5,6 +5,8 @@ here; if none fails, write the test first. `old` must occur exactly once in its 
 is about makes the mutant fail by name rather than vanish.
 """
 
+import runpy
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -67,6 +69,9 @@ NOISE_MUTANTS = [
            (NOISE + "noise_is_not_that_of_a_published_seed",)),
     Mutant("noise of a large sum in one piece", "27", "privacy/noise.py", "BLOCK = 1 << 18", "BLOCK = 1 << 30",
            (NOISE + "a_large_sum_is_not_copied",)),
+    Mutant("float32 noise on a float64 sum", "27 36", "privacy/noise.py",
+           "dtype: Any = np.float64 if total.dtype == torch.float64 else np.float32", "dtype: Any = np.float32",
+           (NOISE + "noise_is_as_fine_as_the_sum",)),
     Mutant("weights told apart by their mean", "35", "privacy/noise.py", "value.detach()", "value.detach().mean(0)",
            (NOISE + "fingerprint_tells_weights_apart",)),
 ]  # fmt: skip
@@ -285,4 +290,8 @@ CALLBACK_MUTANTS = [
            (AFFORDABLE + "releases_paid_for_are_not_paid_again",)),
 ]  # fmt: skip
 
-MUTANTS = [*NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS]
+ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
+MUTANTS = [
+    *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
+    *(Mutant(*fields) for fields in ENGINE_MUTANTS),
+]  # fmt: skip
