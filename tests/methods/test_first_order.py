@@ -238,3 +238,11 @@ def test_a_stop_comes_between_micro_batches_and_before_noise(make_run, plans):
     assert len(calls) == 2
     assert run.method.mechanism.draws == 0
     assert all(torch.equal(p, before[name]) for name, p in run.method.trainable.items())
+
+
+def test_units_of_several_rows_are_refused(make_run, plans):
+    """PRIVACY line 37: rows are drawn one by one, so a unit of two could move the sum by more than C."""
+    run = make_run(plans())
+    run.method.task.unit_of_row = lambda batch: torch.zeros(len(batch["labels"]), dtype=torch.long)
+    with pytest.raises(UserError, match="units of several rows"):
+        run.method.query(run.batches[0])

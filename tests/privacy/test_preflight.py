@@ -253,3 +253,11 @@ class Halved(BookKeeping):
 def test_an_engine_that_is_wrong_in_one_thing(what):
     with pytest.raises(UserError, match="gradient norms" if what == "norms" else f"clipped sum of {what}"):
         check(Net(), partial(Halved, what=what))
+
+
+def test_a_small_part_of_an_engine_that_is_wrong():
+    """A tensor with small gradients is compared by its own size: here a thousandth of the others'."""
+    model = Net(lambda net, x: x + 1e-3 * net.small(x), small=nn.Linear(E, E))
+    check(model)
+    with pytest.raises(UserError, match=r"clipped sum of small\.weight"):
+        check(model, partial(Halved, what="small.weight"))

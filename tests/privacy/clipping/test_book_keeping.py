@@ -67,7 +67,7 @@ CASES = {
     ),
     "padding index": lambda: Model(lambda m: scored(m.a(IDS)), a=lambda: nn.Embedding(7, E, padding_idx=3)),
     "padding index from the end": lambda: Model(
-        lambda m: scored(m.a(IDS)), a=lambda: nn.Embedding(7, E, padding_idx=-4)
+        lambda m: scored(F.embedding(IDS, m.a.weight, padding_idx=-4)), a=lambda: nn.Embedding(7, E)
     ),
     "positions without batch axis": lambda: Model(
         lambda m: scored(m.a(IDS).tanh() * m.p(torch.arange(T))),
@@ -177,9 +177,10 @@ def test_a_part_without_gradient_to_the_losses(agree):
     assert not agree(model, model).sums["b.weight"].any()
 
 
-def test_sums_are_added_to_what_is_there(agree):
-    """PRIVACY line 11, engine's part: `into` is added to, not overwritten."""
-    model = CASES["tied, and looked up twice"]()
+@pytest.mark.parametrize("case", ["class token", "tied, and looked up twice"])
+def test_sums_are_added_to_what_is_there(case):
+    """PRIVACY line 11, engine's part: `into` is added to, not overwritten; instantiated gradients, products, tables."""
+    model = CASES[case]()
     fresh = BookKeeping(model)(model, 0.7).sums
     into = {name: torch.full_like(value, 3.0) for name, value in fresh.items()}
     found = BookKeeping(model)(model, 0.7, into=into)

@@ -51,6 +51,7 @@ USES = {
     "addmm with beta": ((E, 2), lambda x, w: torch.addmm(x.new_zeros(2), x[:, 0], w, beta=0.5)),
     "data of a linear layer": ((R, E), lambda x, w: x[:, 0] + F.linear(w, torch.eye(E))),
     "meets a constant without rows": ((E,), lambda x, w: x + w * torch.ones(E)),
+    "meets a constant number": ((1,), lambda x, w: x[:, :, :R] * (w * torch.ones(1))),  # R numbers by mistake: they fit
     "meets a number as tensor": ((), lambda x, w: x * (w * torch.tensor(2.0))),
     "one row each of another number": ((E,), lambda x, w: (x.reshape(-1, E) * w).reshape(R, T, E)),
     "as large as the batch": ((R, T, E), lambda x, w: x * w),
