@@ -170,3 +170,49 @@ def test_two_processes_in_one_run_folder(privzoo, tmp_path):
         code, output = privzoo(f"resume={run}")
         assert (code, "in use" in output) == (2, True)
     assert os.path.exists(run / "run.key")
+
+
+def test_fewer_rows_on_resume_are_refused(privzoo, tmp_path):
+    """N is in the plan: delta and the sampling rate would be others."""
+    folder = write_data(tmp_path)
+    kill = {"at": "fsync ledger.jsonl", "count": 2, "when": "after"}
+    argv = [*SST2, "trainer.accelerator=cpu", "epochs=0.5", f"data_root={folder}", f"output_dir={tmp_path}/runs"]
+    assert privzoo(*argv, kill=kill)[0] == -9
+    (run,) = (tmp_path / "runs").iterdir()
+    write_data(tmp_path, train=[{"sentence": f"a good film number {i}", "label": i % 2} for i in range(30)])
+    code, output = privzoo(f"resume={run}")
+    assert (code, "num_examples=40" in output) == (2, True), output
+
+
+def test_another_tokenizer_on_resume_is_another_configuration(privzoo, tmp_path):
+    """The rows are encoded otherwise: draws and noise must be fresh, and the lost release is paid again."""
+    import shutil
+
+    from privzoo.models.loading import load
+
+    model = tmp_path / "model"
+    loaded = load("tiny_encoder", "sequence_classification", num_labels=2)
+    loaded.model.save_pretrained(model)
+    loaded.processor.save_pretrained(model)
+    kill = {"at": "fsync ledger.jsonl", "count": 2, "when": "after"}
+    argv = [*QUICK, f"model.path={model}", f"output_dir={tmp_path}/runs"]
+    assert privzoo(*argv, kill=kill)[0] == -9
+    (run,) = (tmp_path / "runs").iterdir()
+    table = json.loads((model / "tokenizer.json").read_text())
+    words = [word for word in table["model"]["vocab"] if not word.startswith("[")]
+    table["model"]["vocab"][words[0]], table["model"]["vocab"][words[1]] = (
+        table["model"]["vocab"][words[1]],
+        table["model"]["vocab"][words[0]],
+    )
+    (model / "tokenizer.json").write_text(json.dumps(table))
+    code, output = privzoo(f"resume={run}")
+    assert code == 0, output
+    entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert len({entry["digest"] for entry in entries}) == 2
+    shutil.rmtree(model)
+
+
+def test_one_split_under_two_names_is_refused(privzoo, tmp_path):
+    folder = write_data(tmp_path)
+    argv = [*QUICK, *SST2, f"data_root={folder}", "task.data.splits.validation=train"]
+    assert "two names" in refused(privzoo, tmp_path, *argv)

@@ -125,6 +125,7 @@ def test_another_lr_on_resume_takes_fresh_streams_and_pays_again(privzoo, tmp_pa
     run = only_run(tmp_path / "runs")
     code, output = privzoo(f"resume={run}", "lr=1e-3", draws=str(draws))
     assert code == 0, output
+    assert all(float(row["lr"]) <= 1e-3 for row in curves_of(run) if int(row["step"]) > 3), "the old lr went on"
     entries = ledger_of(run)
     assert [entry["release"] for entry in entries] == [0, 1, 2, 3, 4, 3, 4, 5]
     assert len({entry["digest"] for entry in entries}) == 2
@@ -143,19 +144,21 @@ def test_a_resume_that_breaks_the_promise_is_refused(privzoo, straight, override
     assert "a resumed run keeps its promise" in output
 
 
-def test_a_checkpoint_moved_from_elsewhere_opens_a_branch(privzoo, tmp_path):
-    """Weights that differ from those of the lost release: fresh draws and noise, and the releases are paid again."""
+@pytest.mark.parametrize("other", [SMALL, [*SMALL, "eps=inf"]], ids=["another private run", "the non-private twin"])
+def test_a_checkpoint_from_elsewhere_is_refused(privzoo, tmp_path, other):
+    """What it holds was not paid for here; the run's own checkpoint still goes on, to the same digest."""
     kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
     runs = []
-    for name in ("a", "b"):
-        assert privzoo(*SMALL, f"output_dir={tmp_path}/{name}", kill=kill)[0] == -signal.SIGKILL
+    for name, argv in (("a", SMALL), ("b", other)):
+        assert privzoo(*argv, f"output_dir={tmp_path}/{name}", kill=kill)[0] == -signal.SIGKILL
         runs.append(only_run(tmp_path / name))
+    own = (runs[0] / "last.ckpt").read_bytes()
     (runs[0] / "last.ckpt").write_bytes((runs[1] / "last.ckpt").read_bytes())
     code, output = privzoo(f"resume={runs[0]}")
-    assert code == 0, output
-    entries = ledger_of(runs[0])
-    assert [entry["kind"] for entry in entries].count("branch") == 1
-    assert [entry["release"] for entry in entries if entry["kind"] == "release"] == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert (code, "was not made by this run" in output) == (2, True), output
+    (runs[0] / "last.ckpt").write_bytes(own)
+    assert privzoo(f"resume={runs[0]}")[0] == 0
+    assert [entry["release"] for entry in ledger_of(runs[0])] == list(range(8))
 
 
 def interrupted(privzoo, tmp_path, number: int) -> tuple[int, str]:
@@ -265,15 +268,14 @@ def test_an_edited_configuration_is_refused(privzoo, tmp_path):
     assert privzoo(f"resume={run}")[0] == 0
 
 
-def test_a_key_from_elsewhere_pays_for_everything_again(privzoo, tmp_path):
-    """Another key makes other draws: nothing is taken for a release that was paid already."""
+def test_a_key_from_elsewhere_is_refused(privzoo, tmp_path):
+    """Another key would make other draws for releases that were paid already."""
     kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
     assert privzoo(*SMALL, f"output_dir={tmp_path}/runs", kill=kill)[0] == -signal.SIGKILL
     run = only_run(tmp_path / "runs")
     (run / "run.key").write_bytes(os.urandom(32))
     code, output = privzoo(f"resume={run}")
-    assert code == 0, output
-    assert [entry["release"] for entry in ledger_of(run)] == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert (code, "was not made by this run" in output) == (2, True), output
 
 
 def test_the_ledger_tells_nothing_about_the_data(privzoo, straight, tmp_path):

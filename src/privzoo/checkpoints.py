@@ -12,13 +12,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.errors import RunLost, UserError
-from privzoo.methods.first_order import FirstOrder, Interrupted
+from privzoo.files import sync_folder
+from privzoo.methods.first_order import FirstOrder, Interrupted, seal_of
+from privzoo.privacy.streams import RunKey
 
 
 class Checkpoints(Callback):
     """Saves `last.ckpt` every so many releases, at the end, and when the run is stopped.
 
-    A release that was lost since the last checkpoint is computed again on resume, at no cost in epsilon.
+    A release that was lost since the last checkpoint is computed again on resume; on a CPU at no cost in epsilon.
 
     Args:
         path: file to replace.
@@ -75,6 +77,7 @@ class Checkpoints(Callback):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
+            sync_folder(self.path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its writer
             temporary.unlink(missing_ok=True)
             raise RunLost(
@@ -84,23 +87,27 @@ class Checkpoints(Callback):
         self.saved = trainer.global_step
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint.
+def load_checkpoint(path: Path, key: RunKey) -> dict[str, Any]:
+    """The content of a checkpoint that the run with this key made.
 
     Raises:
-        UserError: if the file is damaged or cut short.
+        UserError: if the file is damaged, cut short, or from another run: what it holds would have no promise.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"state_dict", "global_step"} <= checkpoint.keys():
-            raise ValueError("it holds no run")
-        return checkpoint
+        seal = seal_of(checkpoint, key)
     except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(
             f"{path} is damaged or cut short ({reason}): put back a whole copy, or remove it to compute its releases again "
-            "from the start at no cost in epsilon."
+            "from the start."
         ) from error
+    if checkpoint.get("seal") != seal:
+        raise UserError(
+            f"{path} was not made by this run (its seal is wrong): put the run's own checkpoint back, or remove it to "
+            "compute its releases again from the start."
+        )
+    return checkpoint
 
 
 class StopOnSignal(Callback):

@@ -119,9 +119,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None, config
         return _compose(hydra, overrides, config_name)
 
 
-def compose_sweep(
-    overrides: Sequence[str], config_dir: str | None = None, config_name: str = "train"
-) -> list[DictConfig]:
+def compose_sweep(overrides: Sequence[str], config_dir: str | None = None, config_name: str = "train") -> list[DictConfig]:
     """The configurations of all runs that `-m` starts with these overrides, grids (hydra.sweeper.params) included."""
     with _hydra(config_dir) as hydra:
         master = hydra.compose_config(config_name=config_name, overrides=list(overrides), run_mode=RunMode.MULTIRUN)

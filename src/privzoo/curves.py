@@ -15,16 +15,18 @@ class EpsilonCurve:
     """Epsilon after t releases of a plan, at `POINTS` places; in between the next place's, so never too little.
 
     Args:
-        plan: whose releases are made in order. Releases that a resume charged twice are not in it: the ledger's figure at
-            the end of the run is the one that counts.
+        plan: whose releases are made in order.
+        charged_twice: releases that earlier sessions paid for and that this one pays for again.
     """
 
-    def __init__(self, plan: PrivacyPlan) -> None:
+    def __init__(self, plan: PrivacyPlan, charged_twice: int = 0) -> None:
         self.plan = plan
+        self.charged_twice = charged_twice
         self._known: dict[int, float] = {0: 0.0}
 
     def __call__(self, releases: int) -> float:
-        place = -(-releases * POINTS // self.plan.steps) if releases else 0
+        releases = min(releases + self.charged_twice, self.plan.steps) if releases else 0
+        place = -(-releases * POINTS // self.plan.steps)
         if place not in self._known:
             count = min(self.plan.steps, -(-place * self.plan.steps // POINTS))
             self._known[place] = self.plan.epsilon_after(count)

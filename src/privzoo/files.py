@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         kept = "its former content is kept" if path.exists() else "nothing was written there"
         raise RunLost(f"Could not write {path} ({error.strerror}): {kept}; make room and resume.") from error
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return obj
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` survive a loss of power: the rename itself lives in the folder's own data."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

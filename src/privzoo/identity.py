@@ -1,15 +1,20 @@
 """What a run is: the digest of all that determines its sums, and its first record."""
 
 import hashlib
+import inspect
+import math
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from privzoo.config import run_id
+from privzoo.errors import UserError
+from privzoo.models.loading import LoadedModel
 from privzoo.privacy.card import why_not_private
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import fingerprint
@@ -28,7 +33,7 @@ def digest_of_run(
     cfg: DictConfig,
     key: RunKey,
     task: Task,
-    model: nn.Module,
+    loaded: LoadedModel,
     ledger: Ledger,
     device: torch.device,
     checkpoint: dict[str, Any] | None,
@@ -43,7 +48,7 @@ def digest_of_run(
     Raises:
         UserError: if the ledger lacks releases that the checkpoint holds.
     """
-    facts = _facts(cfg, task, model, device)
+    facts = _facts(cfg, task, loaded, device)
     digest = key.digest({**facts, "branch": ledger.branches})
     start = checkpoint["global_step"] if checkpoint else 0
     ledger.require(start)
@@ -57,7 +62,7 @@ def digest_of_run(
     return key.digest({**facts, "branch": ledger.branches})
 
 
-def _facts(cfg: DictConfig, task: Task, model: nn.Module, device: torch.device) -> dict[str, object]:
+def _facts(cfg: DictConfig, task: Task, loaded: LoadedModel, device: torch.device) -> dict[str, object]:
     content = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(content, dict)
     content = {key: value for key, value in content.items() if key not in FREE}
@@ -65,14 +70,36 @@ def _facts(cfg: DictConfig, task: Task, model: nn.Module, device: torch.device) 
     return {
         "configuration": content,
         "data": task.fingerprint(),
-        "initial weights": fingerprint(model.state_dict().items()),
-        "code": _code(),
-        "versions": versions(),
+        "initial weights": fingerprint(loaded.model.state_dict().items()),
+        "model": getattr(loaded.model, "config", None),
+        "processor": _processor(loaded.processor),
+        "code": [_code(), *_foreign_code(content)],
+        "versions": {name: version(name) for name in ("tokenizers", "pillow", "pyarrow", "safetensors")} | versions(),
         "world size": 1,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _processor(processor: object) -> list[str]:
+    """What turns a row into numbers: the tokenizer's whole table and rules, or the image processor's settings."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    return [repr(processor), backend.to_str() if backend is not None else ""]
+
+
+def _foreign_code(content: Any) -> list[str]:
+    """Digests of the files behind every `_target_` outside privzoo, so that an edit of a user's own class counts."""
+    if isinstance(content, list):
+        return [digest for item in content for digest in _foreign_code(item)]
+    if not isinstance(content, dict):
+        return []
+    found = _foreign_code(list(content.values()))
+    target = content.get("_target_")
+    if isinstance(target, str) and not target.startswith(("privzoo.", "torch.")):
+        file = inspect.getsourcefile(get_object(target.rpartition(".")[0]))
+        found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else target)
+    return found
 
 
 def _weights_of(checkpoint: dict[str, Any]) -> str:
@@ -85,6 +112,24 @@ def _code() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def require_same_plan(record: RunRecord, plan: PrivacyPlan) -> None:
+    """A resumed run goes on with the plan that it began with.
+
+    Raises:
+        UserError: if the data have another number of rows now, or another version of privzoo plans otherwise.
+    """
+    for name, found in (
+        ("num_examples", plan.num_examples), ("delta", plan.delta), ("steps_planned", plan.steps),
+        ("noise_multiplier", plan.at(0).noise_multiplier), ("sample_rate", plan.sample_rate),
+    ):  # fmt: skip
+        planned = getattr(record, name)
+        if not math.isclose(found, planned, rel_tol=1e-3):
+            raise UserError(
+                f"Expected {name}={planned:g} as when the run began, found {found:g}: put its data back, or start "
+                "another run."
+            )
 
 
 def first_record(
@@ -111,7 +156,7 @@ def first_record(
         private=private,
         not_private_reason=why_not_private(plan, is_test_key),
         epsilon_target=plan.epsilon,
-        epsilon_spent=0.0 if private else None,
+        epsilon_spent=plan.epsilon if private else None,  # what it may come to, should the process be killed
         delta=plan.delta,
         noise_multiplier=plan.at(0).noise_multiplier,
         clip_norm=plan.clip_norm,

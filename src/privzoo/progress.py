@@ -1,5 +1,6 @@
 """The progress bar of a run: releases, epsilon, speed, time left; in place of Lightning's own."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -64,7 +65,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._out = self.console or Console()
+        self._out = self.console or Console(force_terminal=sys.stdout.isatty())  # FORCE_COLOR would write to files
         self._first, self._since = trainer.global_step, time.monotonic()
         self._loss: float | None = None
         self._epsilon, self._ask_after = "", 0.0

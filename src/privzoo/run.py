@@ -18,11 +18,11 @@ from privzoo.composition import build
 from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import Stopped
 from privzoo.files import write_json
-from privzoo.identity import digest_of_run, first_record
+from privzoo.identity import digest_of_run, first_record, require_same_plan
 from privzoo.methods.first_order import FirstOrder, Interrupted
 from privzoo.models.loading import LoadedModel
 from privzoo.privacy.accounting import epsilon_spent
-from privzoo.privacy.callback import PrivacyCallback, makeable
+from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import GaussianMechanism
@@ -81,9 +81,9 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
     cfg, device = folder.cfg, _device(folder.cfg)
     key = RunKey.load(folder.key, is_test_key=cfg.privacy.noise_seed is not None)
     with Ledger(folder.ledger) as ledger:
-        checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint.exists() else None
+        checkpoint = load_checkpoint(folder.checkpoint, key) if folder.checkpoint.exists() else None
         start = checkpoint["global_step"] if checkpoint else 0
-        digest = digest_of_run(cfg, key, task, loaded.model, ledger, device, checkpoint)
+        digest = digest_of_run(cfg, key, task, loaded, ledger, device, checkpoint)
         mechanism = GaussianMechanism(plan, key, digest)
         method: FirstOrder = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
@@ -93,6 +93,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         record = folder.record
         if record is None:
             record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
+        require_same_plan(record, plan)
         if checkpoint:
             method.on_load_checkpoint(checkpoint)
             method.load_state_dict(checkpoint["state_dict"], strict=False)  # the trained part; the rest is the base
@@ -102,6 +103,8 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         try:
             if start < plan.steps and makeable(plan, ledger, digest, start):
                 record = _fit(folder, method, ledger, record, start, loggers)
+            elif checkpoint:
+                record = _reached(record, plan, ledger, start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
             record = _finish(folder, method, ledger, loaded.processor, record, device)
         except Interrupted as stop:
             record = replace(stop.args[0], state="interrupted")
@@ -110,7 +113,6 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         finally:
             for logger in loggers if ledger.entries else []:
                 logger.finish(record.to_json())
-    folder.key.unlink()
     return record
 
 
@@ -123,7 +125,8 @@ def _fit(
         Interrupted: with the record so far and the signal's number.
     """
     cfg, task, mechanism = folder.cfg, method.task, method.mechanism
-    plan, epsilon_at = mechanism.plan, EpsilonCurve(mechanism.plan)
+    plan = mechanism.plan
+    epsilon_at = EpsilonCurve(plan, charged_twice(ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
     batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size)
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
@@ -143,14 +146,14 @@ def _fit(
     try:
         trainer.fit(method, private_loader(batches, start), ckpt_path=folder.checkpoint if start else None)
     except Interrupted:
-        so_far = _reached(record, plan, ledger, trainer.global_step, start, checkpoints.seconds)
+        so_far = _reached(record, plan, ledger, trainer.global_step, checkpoints.seconds)
         raise Interrupted(so_far, stop.received) from None
     finally:
         stop.restore()
-    return _reached(record, plan, ledger, trainer.global_step, start, checkpoints.seconds)
+    return _reached(record, plan, ledger, trainer.global_step, checkpoints.seconds)
 
 
-def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, start: int, seconds: float) -> RunRecord:
+def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, seconds: float) -> RunRecord:
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return replace(
         record,
@@ -174,6 +177,7 @@ def _finish(
     state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
     record = replace(record, state=state, metrics=metrics, epsilon_spent=card["epsilon_spent"])
     write_record(folder.path, record)
+    folder.key.unlink()
     return record
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from privzoo.config import run_id, run_name, validate
 from privzoo.errors import UserError
-from privzoo.files import write_text
+from privzoo.files import sync_folder, write_text
 from privzoo.privacy.streams import RunKey
 from privzoo.results import RECORD_NAME, RunRecord, read_record
 
@@ -85,6 +85,7 @@ class RunFolder:
             key.save(staging / self.key.name)
             (staging / self.ledger.name).touch()
             os.rename(staging, self.path)
+            sync_folder(self.path.parent)
         except OSError as error:
             if self.path.exists():
                 raise UserError(f"{self.path} exists: another process has just started this run.") from error
@@ -139,6 +140,10 @@ def _resumed(path: Path, cfg: DictConfig) -> DictConfig:
         allowed = any(key == may or key.startswith(may + ".") for may in RESUME_MAY_CHANGE)
         if key in ("task", "method", "model"):
             found, kept = cfg.choices[key], stored.choices[key]
+        if allowed and key.startswith("logger") and cfg.logger.private != stored.logger.private:
+            raise UserError(
+                f"Expected logger.private={stored.logger.private} as in {path}: the card speaks of all sessions."
+            )
         if allowed:
             OmegaConf.update(stored, key, found, merge=False)
         elif found != kept:

@@ -106,7 +106,6 @@ def test_callbacks_that_break_the_account_are_refused(tiny_run, other: Any, mess
     refused(tiny_run(some_plan(), ROWS, others=[other]), message)
 
 
-@pytest.mark.xfail(strict=True, reason="refused in on_train_start, after the finder took its steps in on_fit_start")
 def test_finders_are_refused_before_their_first_step(tiny_run) -> None:
     """PRIVACY 24: LearningRateFinder trains on private data before training starts, with all other callbacks put aside."""
     refused(tiny_run(some_plan(), ROWS, others=[LearningRateFinder(num_training_steps=5)]), "LearningRateFinder")

@@ -48,7 +48,9 @@ def test_the_very_same_release_is_paid_once(path):
     assert len(path.read_bytes().splitlines()) == 2
 
 
-@pytest.mark.parametrize("change", [{"weights": "other"}, {"noise_multiplier": 1.0}, {"sample_rate": 0.2}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"weights": "other"}, {"noise_multiplier": 1.0}, {"sample_rate": 0.2}, {"clip_norm": 1.0}]
+)
 def test_the_same_draw_with_another_sum_is_refused(path, change):
     """Same digest, hence same draw: independent draws are what the accountant assumes."""
     filled(path)
@@ -79,7 +81,7 @@ def test_branches_are_counted_and_survive(path):
         ledger.branch("a reason")
         ledger.charge(replace(SECOND, digest="other"))
     with Ledger(path) as ledger:
-        assert (ledger.branches, len(ledger.entries)) == (1, 3)
+        assert (len(ledger.branches), len(ledger.entries)) == (1, 3)
 
 
 @pytest.mark.parametrize(

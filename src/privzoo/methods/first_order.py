@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from privzoo.errors import UserError
 from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.clipping.engine import ClippedSums, zero_sums
 from privzoo.privacy.noise import GaussianMechanism, fingerprint
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
+from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import Task
 
 
@@ -104,8 +106,12 @@ class FirstOrder(LightningModule):
 
     def _add_clipped(self, micro_batch: MicroBatch, clip_norm: float, sums: dict[str, Tensor]) -> Tensor:
         on_device = {name: value.to(self.device) for name, value in micro_batch.items()}
-        units = self.task.unit_of_row(on_device)
-        found = self.engine(lambda: self.task.losses(self.model, on_device), clip_norm, units, into=sums)
+        if self.task.unit_of_row(on_device) is not None:
+            raise UserError(
+                "The task has units of several rows, but rows are drawn one by one in this version: one unit would move the "
+                "sum by more than clip_norm; take one row a unit."
+            )
+        found = self.engine(lambda: self.task.losses(self.model, on_device), clip_norm, into=sums)
         return found.losses
 
     def update(self, noisy_sums: dict[str, Tensor], batch_size: int) -> None:
@@ -140,7 +146,15 @@ class FirstOrder(LightningModule):
         return 1.0 if self.schedule == "constant" else max(0.0, (steps - release) / (steps - rising))
 
     def on_train_start(self) -> None:
+        self._take_over_lr()
         self.weights = fingerprint(self.trainable.items())
+
+    def _take_over_lr(self) -> None:
+        """A resumed run may have another lr; the optimizer's state brought the old one along."""
+        schedule, optimizer = self.lr_schedulers(), self.optimizers()
+        schedule.base_lrs = [self.lr for _ in schedule.base_lrs]  # type: ignore[union-attr]
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["initial_lr"], group["lr"] = self.lr, self.lr * self.lr_factor(self.global_step)
 
     def transfer_batch_to_device(self, batch: LogicalBatch, device: torch.device, dataloader_idx: int) -> LogicalBatch:
         return batch  # micro-batches move one at a time, in query
@@ -148,6 +162,7 @@ class FirstOrder(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         wanted = {f"model.{name}" for name in self.trainable}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
+        checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected = {f"model.{name}" for name in self.trainable}
@@ -156,3 +171,10 @@ class FirstOrder(LightningModule):
                 f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "
                 "method trains: resume with the run's own configuration."
             )
+
+
+def seal_of(checkpoint: dict[str, Any], key: RunKey) -> str:
+    """A code over what a checkpoint lets into a run (step, weights, optimizer state) that only this run can make."""
+    leaves = [leaf for leaf in tree_leaves(checkpoint["optimizer_states"]) if isinstance(leaf, Tensor)]
+    tensors = [*checkpoint["state_dict"].items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]
+    return key.seal(f"{checkpoint['global_step']} {fingerprint(tensors)}")

@@ -45,6 +45,9 @@ class PrivacyCallback(Callback):
 
     # ---- before training
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_callbacks(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_unsafe(trainer, self.plan, self.digest, _private(pl_module).mechanism)
         self.left = affordable(self.plan, self.ledger, self.digest, trainer.global_step)
@@ -146,6 +149,12 @@ def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> in
     return low
 
 
+def charged_twice(ledger: Ledger, digest: str, start: int) -> int:
+    """Releases in the ledger beyond those of the checkpoint and those that this session computes again at no cost."""
+    again = sum(entry.digest == digest and entry.release >= start for entry in ledger.entries)
+    return len(ledger.entries) - start - again
+
+
 def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool:
     """True if release `start` was paid for already in this configuration, or can be."""
     paid = any(entry.release == start and entry.digest == digest for entry in ledger.entries)
@@ -175,13 +184,22 @@ def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: Gauss
     for setting, (found, wanted, reason) in expected.items():
         if found != wanted:
             raise UserError(f"Expected {setting}={wanted} under privacy, found {found}: {reason}.")
-    for callback in getattr(trainer, "callbacks"):  # noqa: B009 - Lightning adds the attribute at run time
+    _refuse_loader(trainer.train_dataloader, plan, digest, mechanism)
+
+
+def refuse_callbacks(trainer: Any) -> None:
+    """Refuse callbacks that take steps of their own (before `on_train_start`, with all other callbacks off) or that decide
+    by private figures.
+
+    Raises:
+        UserError: naming the callback.
+    """
+    for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder | LearningRateFinder | GradientAccumulationScheduler):
             raise UserError(f"{type(callback).__name__} takes steps that nobody pays for: remove it.")
         monitored = getattr(callback, "monitor", None)
         if isinstance(monitored, str) and monitored.startswith("private/"):
             raise UserError(f"{type(callback).__name__} decides by {monitored}, which is private: monitor a public split.")
-    _refuse_loader(trainer.train_dataloader, plan, digest, mechanism)
 
 
 def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:

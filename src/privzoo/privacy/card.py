@@ -56,7 +56,8 @@ def _statement(plan: PrivacyPlan, spent: float | None, is_test_key: bool) -> str
         return "NOT PRIVATE: eps=inf, no clipping and no noise."
     if is_test_key:
         return "NOT PRIVATE: privacy.noise_seed was set, so anybody can compute the noise."
-    assert spent is not None and math.isfinite(spent)
+    assert spent is not None
+    assert math.isfinite(spent)
     return (
         f"Adding or removing one {plan.unit} of the {plan.num_examples} in training changes the distribution of "
         f"the released model by at most (epsilon={spent:.4g}, delta={plan.delta:g})."

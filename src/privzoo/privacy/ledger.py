@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[Entry] = []
-        self.branches = 0
+        self.branches: list[str] = []  # a random name each, so that copies of a folder never share one
         self._chain = ""
         self._file = open(path, "a+b")  # noqa: SIM115 - held, with its lock, until close()
         try:
@@ -56,9 +57,7 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -86,8 +85,9 @@ class Ledger:
 
     def branch(self, reason: str) -> None:
         """From here on draws and noise are fresh (`branches` is part of the digest), and releases are paid for anew."""
-        self._append({"kind": "branch", "reason": reason})
-        self.branches += 1
+        name = secrets.token_hex(16)
+        self._append({"kind": "branch", "reason": reason, "name": name})
+        self.branches.append(name)
 
     def require(self, made: int) -> None:
         """Check that the first `made` releases were paid for, as a checkpoint that holds them says.
@@ -127,12 +127,14 @@ class Ledger:
                 kind = line["kind"]
                 entry = Entry(**{k: v for k, v in line.items() if k != "kind"}) if kind == "release" else None
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self.path} is damaged at line {number}: its epsilon can't be known; start anew.") from None
+                raise UserError(
+                    f"{self.path} is damaged at line {number}: its epsilon can't be known; start anew."
+                ) from None
             if chain != _link(self._chain, line):
                 raise UserError(f"{self.path} was edited at line {number}: its epsilon can't be known; start anew.")
             self._chain = chain
             if entry is None:
-                self.branches += 1
+                self.branches.append(line["name"])
             else:
                 self.entries.append(entry)
 

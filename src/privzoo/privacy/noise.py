@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +59,15 @@ class GaussianMechanism:
         if not total.is_contiguous():
             raise ValueError(f"Expected a contiguous sum for {name}: its flat view must be the tensor itself.")
         flat = total.view(-1)
+        # float32 noise on a float64 sum could be told from the sum by its missing digits.
+        dtype: Any = np.float64 if total.dtype == torch.float64 else np.float32
         blocks = range(-(-flat.numel() // BLOCK))
 
         def add(block: int) -> None:
             part = flat[block * BLOCK : (block + 1) * BLOCK]
-            drawn = np.empty(part.numel(), dtype=np.float32)
+            drawn = np.empty(part.numel(), dtype=dtype)
             stream = self.key.stream("noise", release, self.digest + weights, name, block)
-            stream.standard_normal(out=drawn, dtype=np.float32)
+            stream.standard_normal(out=drawn, dtype=dtype)
             part.add_(torch.from_numpy(drawn).to(part.device), alpha=noise_std)
 
         if len(blocks) == 1:

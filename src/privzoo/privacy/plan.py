@@ -128,8 +128,10 @@ class PrivacyPlan:
     def phases(self) -> tuple[Phase, ...]:
         """All phases in order, with the noise multipliers in force."""
         first = Phase(self.batch_size, self.epochs, self.clip_norm, self.noise_multiplier)
-        later = [p if p.noise_multiplier is not None else Phase(p.batch_size, p.epochs, p.clip_norm, self.noise_multiplier)
-                 for p in self.then]
+        later = [
+            p if p.noise_multiplier is not None else Phase(p.batch_size, p.epochs, p.clip_norm, self.noise_multiplier)
+            for p in self.then
+        ]
         return (first, *later)
 
     def steps_of(self, phase: Phase) -> int:

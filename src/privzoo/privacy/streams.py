@@ -5,7 +5,7 @@ streams that differ in anything are independent draws, and whoever knows the pub
 stands for everything that determines the sum to be protected: another learning rate, other data or other weights give
 another stream, so that no noise value is ever added to two different sums.
 
-Floating-point limits: noise is float32 (a ziggurat with 23-bit mantissas), so the low bits of a noisy sum carry the usual
+Floating-point limits: noise is float32 (a ziggurat with 23-bit mantissas; float64 for a float64 sum), so the low bits of a noisy sum carry the usual
 floating-point artefacts (Mironov 2012); the plan's epsilon is for the ideal Gaussian.
 """
 
@@ -92,6 +92,10 @@ class RunKey:
         """
         message = "digest " + json.dumps(facts, sort_keys=True, allow_nan=True, default=str)
         return hmac.digest(self._secret, message.encode(), "sha256").hex()
+
+    def seal(self, content: str) -> str:
+        """A code that only this run can make, to tell its own checkpoint from another one."""
+        return hmac.digest(self._secret, ("seal " + content).encode(), "sha256").hex()
 
     def __repr__(self) -> str:
         return f"RunKey(<secret>, is_test_key={self.is_test_key})"

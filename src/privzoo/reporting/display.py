@@ -40,9 +40,7 @@ def final_table(record: RunRecord, folder: str | Path | None = None) -> Table:
     table.add_row("δ", f"{number(record.delta)}  (N = {record.num_examples:,}, δ·N = {_product(record)})")
     table.add_row("σ", f"{number(record.noise_multiplier)}  (clip norm {_bound(record.clip_norm)})")
     planned = "" if record.steps == record.steps_planned else f" of {record.steps_planned:,}"
-    table.add_row(
-        "steps", f"{record.steps:,}{planned}  (batch {record.batch_size:,}, q = {number(record.sample_rate)})"
-    )
+    table.add_row("steps", f"{record.steps:,}{planned}  (batch {record.batch_size:,}, q = {number(record.sample_rate)})")
     speed = "" if record.examples_per_s is None else f"  ({record.examples_per_s:,.0f} examples/s)"
     table.add_row("time", duration(record.wall_s) + speed)
     table.add_row("memory", f"{memory(record.peak_memory_bytes)} peak  ({record.devices} × {record.device})")
@@ -113,9 +111,7 @@ def _columns(groups: Sequence[Sequence[RunRecord]]) -> list[_Column]:
     metrics = _Column("metric", [r.headline for r in firsts])
     scores = _Column("value", [_spread([r.metrics.get(r.headline) for r in group]) for group in groups])
     untrained = _Column("un-\ntrained", [_spread([r.untrained.get(r.headline) for r in group]) for group in groups])
-    runs = _Column(
-        "runs", [str(len(group)) for group in groups], common="" if all(len(g) == 1 for g in groups) else None
-    )
+    runs = _Column("runs", [str(len(group)) for group in groups], common="" if all(len(g) == 1 for g in groups) else None)
     steps = _Column("steps", [_steps(r) for r in firsts])
     states = _Column("state", [r.state.replace("_", " ") for r in firsts], numeric=False, common="")
     times = _Column("time", [duration(statistics.fmean(r.wall_s for r in group)) for group in groups])

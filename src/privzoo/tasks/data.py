@@ -37,6 +37,13 @@ class HubData:
     folder: str
     splits: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if len(set(self.splits.values())) < len(self.splits):
+            raise UserError(
+                f"the data set {self.name} has one split under two names ({self.splits}): scores on the training split "
+                "would be published without noise; name a split of its own for validation."
+            )
+
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """All rows of a split, in the order of the source, with the asked columns only.
 

@@ -161,20 +161,24 @@ def _rounding(uses: list[Outer]) -> Tensor:
 
 
 def _inner_product(u: Outer, v: Outer) -> Tensor:
-    """<gradient of u, gradient of v> per unit, (U,): through T × T Gram matrices or, where cheaper, the gradient itself."""
+    """<gradient of u, gradient of v> per unit, (U,): through T × T Gram matrices or, where cheaper, the gradient itself.
+
+    Gram matrices are in float64: where positions cancel, their float32 products can round to 0 for a large gradient.
+    """
     if u is v and not u.is_table:
         positions, a, b = u.left.shape[1], u.left.shape[2], u.right.shape[2]
         if a * b <= positions * (a + b):
             return torch.bmm(u.left.transpose(1, 2), u.right).flatten(1).square().sum(1)
-    return (_left_gram(u, v) * torch.bmm(u.right, v.right.transpose(1, 2))).flatten(1).sum(1)
+    right = torch.bmm(u.right.double(), v.right.double().transpose(1, 2))
+    return (_left_gram(u, v) * right).flatten(1).sum(1).to(u.right.dtype)
 
 
 def _left_gram(u: Outer, v: Outer) -> Tensor:
     """left_u · left_v for every pair of positions, (U, T_u, T_v); a table's left factor is a one-hot row."""
     if u.is_table and v.is_table:
-        return (u.left.unsqueeze(2) == v.left.unsqueeze(1)).to(u.right.dtype)
+        return (u.left.unsqueeze(2) == v.left.unsqueeze(1)).double()
     if u.is_table:
         return _left_gram(v, u).transpose(1, 2)
     if v.is_table:
-        return u.left.gather(2, v.left.unsqueeze(1).expand(-1, u.left.shape[1], -1))
-    return torch.bmm(u.left, v.left.transpose(1, 2))
+        return u.left.double().gather(2, v.left.unsqueeze(1).expand(-1, u.left.shape[1], -1))
+    return torch.bmm(u.left.double(), v.left.double().transpose(1, 2))
