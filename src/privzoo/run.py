@@ -213,7 +213,10 @@ def _check_before(method: FirstOrder, cfg: DictConfig, device: torch.device) -> 
     def losses(batch: MicroBatch) -> torch.Tensor:
         return task.losses(method.model, {name: value.to(device) for name, value in batch.items()})
 
-    check_engine(method.engine, method.model, losses, task.train, task.collate, float(cfg.clip_norm))
+    by_length = sorted(range(min(64, len(task.train))), key=lambda i: task.length(task.train[i]))
+    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
+    rows = [task.train[i] for i in sorted({by_length[place] for place in places})]
+    check_engine(method.engine, method.model, losses, rows, task.collate, float(cfg.clip_norm))
 
 
 def _device(cfg: DictConfig) -> torch.device:
