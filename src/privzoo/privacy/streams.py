@@ -5,8 +5,8 @@ streams that differ in anything are independent draws, and whoever knows the pub
 stands for everything that determines the sum to be protected: another learning rate, other data or other weights give
 another stream, so that no noise value is ever added to two different sums.
 
-Floating-point limits: noise is float32 (a ziggurat with 23-bit mantissas; float64 for a float64 sum), so the low bits of a noisy sum carry the usual
-floating-point artefacts (Mironov 2012); the plan's epsilon is for the ideal Gaussian.
+Floating-point limits: noise is float32 (a ziggurat with 23-bit mantissas; float64 for a float64 sum), so the low bits of a
+noisy sum carry the usual floating-point artefacts (Mironov 2012); the plan's epsilon is for the ideal Gaussian.
 """
 
 import hashlib
