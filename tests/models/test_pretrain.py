@@ -69,10 +69,15 @@ def test_the_script_makes_the_committed_files(made: Path) -> None:
             assert texts[0] == texts[1]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (made, committed))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
-    # Bit for bit on one kind of processor; another one rounds otherwise, and training spreads that.
-    apart = {n: float(cosine_similarity(ours[n].flatten(), theirs[n].flatten(), dim=0)) for n in ours}
-    assert min(apart.values()) > 0.98, min(apart, key=apart.__getitem__)
-    assert public_loss(made) == pytest.approx(public_loss(committed), rel=0.03)
+    # On one kind of processor the same bits. Another one rounds otherwise and training spreads that: with the start
+    # moved by one unit in the last place LM and ViT came to cosines of 0.9998, the encoder, which has a plateau to get
+    # off, to 0.65 with a loss 3.5 % apart; with another seed they come to about 0. Vectors are left out: biases of keys,
+    # of which softmax takes no notice, hold nothing but rounding errors.
+    nearness, loss_apart = (0.3, 0.1) if made.name == "tiny_encoder" else (0.98, 0.03)
+    for name in ours:
+        if ours[name].ndim > 1:
+            assert float(cosine_similarity(ours[name].flatten(), theirs[name].flatten(), dim=0)) > nearness, name
+    assert public_loss(made) == pytest.approx(public_loss(committed), rel=loss_apart)
 
 
 @pytest.mark.parametrize(("name", "at_most"), [("tiny_encoder", 3.0), ("tiny_lm", 1.5), ("tiny_vit", 0.07)])
