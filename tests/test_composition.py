@@ -91,9 +91,7 @@ def test_default_model_is_the_tasks_and_an_explicit_one_wins():
 def test_a_users_folder_adds_tasks_that_inherit(tmp_path):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [sst2, _self_]\nname: mine\n")
-    (tmp_path / "task" / "both.yaml").write_text(
-        "default_model: {default: minilm, dp_full: tiny_encoder}\nname: both\n"
-    )
+    (tmp_path / "task" / "both.yaml").write_text("default_model: {default: minilm, dp_full: tiny_encoder}\nname: both\n")
     (tmp_path / "task" / "none.yaml").write_text("name: none\n")
     mine = compose(["task=mine"], config_dir=str(tmp_path))
     assert (mine.task.name, mine.task.num_labels, mine.choices.model) == ("mine", 2, "minilm")

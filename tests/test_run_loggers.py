@@ -114,9 +114,7 @@ def test_tensorboard_is_readable_at_once_and_drops_what_a_resume_recomputes(tmp_
     logger = build_loggers(tmp_path, CONFIG, tensorboard={})[1]
     for step in range(1, 101):
         logger.log_metrics({"epsilon": step / 100}, step=step)
-    assert scalars(tmp_path, "epsilon")[1] == [
-        (step, step / 100) for step in range(1, 101)
-    ]  # though nothing was closed
+    assert scalars(tmp_path, "epsilon")[1] == [(step, step / 100) for step in range(1, 101)]  # though nothing was closed
     resumed = build_loggers(tmp_path, CONFIG, tensorboard={}, resume_step=1)[1]
     for step in (2, 3):
         resumed.log_metrics({"epsilon": step / 5}, step=step)
