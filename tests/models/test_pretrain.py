@@ -111,7 +111,7 @@ def test_what_is_made_hangs_on_no_global_generator(tmp_path: Path, monkeypatch: 
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        weights.append(load_file(pretrain.make("tiny_vit", tmp_path / str(seed)) / "model.safetensors"))
+        weights.append(load_file(pretrain.make("tiny_lm", tmp_path / str(seed)) / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

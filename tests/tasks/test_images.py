@@ -196,7 +196,7 @@ def test_no_processor_and_too_few_classes(source, folder):
 
 @pytest.mark.shared
 def test_real_cifar10(shared, processor):
-    source = HubData("uoft-cs/cifar10", None, "cifar10_jpeg", {"train": "test", "validation": "test"})
+    source = HubData("uoft-cs/cifar10", None, "cifar10_jpeg", {"train": "test", "validation": "train"})
     task = ImageClassification("cifar10", source, "img", "label", 10)
     task.load(str(shared / "data"))
     task.prepare(processor)

@@ -5,7 +5,7 @@ adding or removing one unit. The central-limit ("GDP") accountant is not offered
 
 >>> release = Release(sample_rate=0.01, noise_multiplier=1.0)
 >>> round(epsilon_spent([(release, 100)], delta=1e-5), 2)
-0.77
+0.72
 """
 
 import hashlib
