@@ -93,7 +93,7 @@ class FirstOrder(LightningModule):
             Interrupted: between micro-batches, if a stop was asked for.
         """
         clip_norm = self.mechanism.plan.at(batch.release).clip_norm
-        sums = zero_sums(self.trainable)
+        sums: dict[str, Tensor] = {}  # made by the first micro-batch: until then they would only take memory
         losses = []
         self.private_metrics.clear()
         for micro_batch in batch.micro_batches:
@@ -102,7 +102,9 @@ class FirstOrder(LightningModule):
             losses.append(self._add_clipped(micro_batch, clip_norm, sums))
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())
-        return sums
+        unmoved = {name: p for name, p in self.trainable.items() if name not in sums}
+        sums |= zero_sums(unmoved)
+        return {name: sums[name] for name in self.trainable}
 
     def _add_clipped(self, micro_batch: MicroBatch, clip_norm: float, sums: dict[str, Tensor]) -> Tensor:
         on_device = {name: value.to(self.device) for name, value in micro_batch.items()}

@@ -10,6 +10,7 @@ from torch import nn
 from privzoo.privacy.clipping import BookKeeping
 
 R, T, E = 5, 4, 6
+WEIGHTS = torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 UNITS = torch.tensor([2, 0, 2, 1, 0])  # five rows of three units, in no order
 X = torch.randn(R, T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 5], [0, 0, 0, 0], [1, 2, 3, 4], [6, 6, 1, 0]])
@@ -44,6 +45,18 @@ def scored(hidden):
 
 def rms(m, x):
     return m.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def with_weight(shape, use):
+    return Model(
+        lambda m: scored(use(m.a(X), m.w)), a=lambda: nn.Linear(E, E), w=lambda: nn.Parameter(1 + torch.rand(shape))
+    )
+
+
+def attention(use, **options):
+    return Model(
+        lambda m: scored(use(m.b, m.a(X))), a=lambda: nn.Linear(E, E), b=lambda: nn.MultiheadAttention(E, 2, **options)
+    )
 
 
 CASES = {
@@ -121,9 +134,76 @@ CASES = {
         lambda m: scored(m.c(m.a(m.b(X).tanh()).tanh())),
         c=lambda: nn.Linear(3, 2), a=lambda: nn.Linear(4, 3), b=lambda: nn.Linear(E, 4),
     ),
+    "matrix product": lambda: with_weight((E, 2), lambda x, w: x @ w),
+    "transposed": lambda: with_weight((2, E), lambda x, w: torch.matmul(x, w.t())),
+    "indexed": lambda: with_weight((2, E), lambda x, w: x * w[0] + w[1]),
+    "divided by": lambda: with_weight((E,), lambda x, w: x / w + w / (2 + x.square())),
+    "in place on data": lambda: with_weight((E,), lambda x, w: (x * 1).add_(w)),
+    "a function of itself": lambda: with_weight((), lambda x, w: x * w.exp()),
+    "added to itself": lambda: with_weight((E,), lambda x, w: x + (w + w)),
+    "data of a linear layer": lambda: with_weight((1, E), lambda x, w: x + F.linear(w, WEIGHTS, w[0])),
+    "shifted by one, as in Gemma": lambda: with_weight((E,), lambda x, w: x * (1.0 + w.double())),
+    "meets a constant": lambda: with_weight((E,), lambda x, w: x + w * WEIGHTS[0]),
+    "meets a constant number": lambda: with_weight((1,), lambda x, w: x[:, :, :R] * (w * torch.ones(1))),
+    "meets a mask that has rows": lambda: with_weight(
+        (1, E), lambda x, w: x[:, 0] + torch.where(X[:, 0] > 0, w, 0) * 2
+    ),
+    "rows and positions in one axis, elementwise": lambda: with_weight(
+        (E,), lambda x, w: (x.reshape(-1, E) * w).reshape(R, T, E)
+    ),
+    "relative positions": lambda: with_weight(
+        (7, 2), lambda x, w: x + F.embedding(torch.arange(T)[:, None] - torch.arange(T) + 3, w).sum((1, 2))[:, None]
+    ),
+    "group norm": lambda: Model(lambda m: scored(m.n(m.a(X))), a=lambda: nn.Linear(E, E), n=lambda: nn.GroupNorm(2, T)),
+    "grouped convolution": lambda: Model(
+        lambda m: scored(m.b(m.a(IMAGES).tanh())),
+        a=lambda: nn.Conv2d(2, 4, 3, groups=2, padding=1), b=lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2),
+    ),
+    "weight norm": lambda: Model(
+        lambda m: scored(m.b(m.a(X))),
+        a=lambda: nn.Linear(E, E), b=lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(E, 2)),
+    ),
+    "weight norm, the old one": lambda: Model(
+        lambda m: scored(m.b(m.a(X))),
+        a=lambda: nn.Linear(E, E), b=lambda: torch.nn.utils.weight_norm(nn.Linear(E, 2)),
+    ),
+    "spectral norm": lambda: Model(
+        lambda m: scored(m.b(m.a(X))),
+        a=lambda: nn.Linear(E, E), b=lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(E, 2)).eval(),
+    ),
+    "batch second": lambda: Model(
+        lambda m: scored(m.b(m.a(X.transpose(0, 1)).tanh()).transpose(0, 1)),
+        a=lambda: nn.Linear(E, R), b=lambda: nn.Linear(R, 2),
+    ),
+    "batch second, as many positions as rows": lambda: Model(
+        lambda m: scored(m.b(m.a(torch.cat([X, X[:, :1]], 1).transpose(0, 1)).tanh()).transpose(0, 1)),
+        a=lambda: nn.Linear(E, R), b=lambda: nn.Linear(R, 2),
+    ),
+    "positions first in one axis": lambda: Model(
+        lambda m: scored(m.a(X.transpose(0, 1).reshape(-1, E)).reshape(T, R, -1).transpose(0, 1)),
+        a=lambda: nn.Linear(E, 3),
+    ),
+    "windows of an example in a row": lambda: Model(
+        lambda m: scored(m.a(X.reshape(R * 2, 2, E)).reshape(R, -1)), a=lambda: nn.Linear(E, 3)
+    ),
+    "self-attention": lambda: attention(lambda m, x: m(x, x, x)[0], batch_first=True),
+    "self-attention, batch second": lambda: attention(lambda m, x: m(*3 * [x.transpose(0, 1)])[0].transpose(0, 1)),
+    "cross-attention": lambda: attention(lambda m, x: m(x, x.cos(), x.cos())[0], batch_first=True),
+    "attention to three things": lambda: attention(lambda m, x: m(x, x.cos(), x.sin())[0], batch_first=True),
+    "transformer encoder": lambda: Model(
+        lambda m: scored(m.a(X)),
+        a=lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, 8, 0.0, batch_first=True), 2),
+    ),
+    "transformer encoder, norm first, batch second": lambda: Model(
+        lambda m: scored(m.a(X.transpose(0, 1)).transpose(0, 1)),
+        a=lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(E, 2, 8, 0.0, norm_first=True), 2, enable_nested_tensor=False
+        ),
+    ),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("units", [None, UNITS], ids=["rows", "units"])
 def test_equals_the_loop(case, units, agree):
@@ -134,6 +214,7 @@ def test_equals_the_loop(case, units, agree):
     assert found.losses.shape == (R,)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_unclipped_sum_is_the_gradient_of_the_sum(case):
     """An oracle of another kind than Loop: plain autograd on all rows at once."""

@@ -117,7 +117,7 @@ def test_result_holds_no_graph(engine):
 
 def test_loop_is_the_definition(transformer):
     """The oracle against torch.func, which knows nothing of this package: norms of every example, unclipped sum."""
-    model, losses = transformer("bert")
+    model, losses = transformer("BERT")
     found = Loop(model)(losses, math.inf)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 

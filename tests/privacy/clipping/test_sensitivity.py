@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from privzoo.errors import UserError
-from privzoo.privacy.clipping import BookKeeping, Loop
+from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, Loop
 
-ENGINES = [BookKeeping, Loop]
+ENGINES = [BookKeeping, GhostTwoPass, Loop]
 C = 0.3
 
 
@@ -118,7 +118,7 @@ def test_a_zero_gradient(engine):
 
 @pytest.mark.parametrize("clip_norm", [C, math.inf])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "ViT"])
 def test_a_poisoned_example_counts_as_nothing(name, poison, clip_norm, transformer):
     """PRIVACY line 9: its rows are masked (0 * NaN is NaN), and the others count as if it were not there."""
     model, losses = transformer(name)

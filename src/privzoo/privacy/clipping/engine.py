@@ -1,7 +1,8 @@
 """What every engine returns, and the clip factor."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +80,16 @@ def checked_units(losses: Tensor, unit_of_row: Tensor | None) -> tuple[Tensor, i
     if unit_of_row.shape != losses.shape:
         raise UserError(f"Expected unit_of_row of shape {tuple(losses.shape)}, found {tuple(unit_of_row.shape)}.")
     return unit_of_row, int(unit_of_row.max()) + 1
+
+
+@contextmanager
+def gradients_put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Meanwhile every `.grad` starts from None; afterwards it is what it was."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient

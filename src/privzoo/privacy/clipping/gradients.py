@@ -1,75 +1,122 @@
 """The book: what each use of a parameter leaves behind, and the norms and clipped sums made of it.
 
-Shapes: R rows, U units, T positions of a row (after `by_unit`: of a unit), a × b the parameter seen as a matrix.
+Shapes: R rows, U units, T positions of a row (after `by_unit`: of a unit), d width of the activation, p of the output.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from privzoo.errors import UserError
+from privzoo.privacy.clipping import gram
+
+# A pair (T (d + p) numbers a unit) becomes the gradient itself (d p numbers) where that takes at most so many times the
+# memory: it then costs no Gram matrices and no second product.
+INSTANTIATE_UP_TO = 1.25
+_LOST_BY_ROUNDING = 1e-3  # part of a squared norm; above it Gram matrices are reckoned again in float64
 
 
 @dataclass(frozen=True)
-class Outer:
-    """A per-unit gradient kept as factors: sum over t of left[t] ⊗ right[t].
+class Pair:
+    """A gradient kept as factors: sum over t of gradient[t] ⊗ activation[t].
 
-    `left` is dense, (U, T, a), or holds row indices of a table, (U, T) of integers (an embedding: one-hot rows).
-    `right` is (U, T, b).
+    `activation` is dense, (U, T, d), or holds the looked-up rows of a table, (U, T) of integers (an embedding: one-hot).
+    `gradient` is (U, T, p). `transposed`: the parameter is (d, p), as a table or a Conv1D; else (p, d).
     """
 
-    left: Tensor
-    right: Tensor
+    activation: Tensor
+    gradient: Tensor
+    transposed: bool
 
     @property
     def is_table(self) -> bool:
-        return not self.left.is_floating_point()
+        return not self.activation.is_floating_point()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the parameter as a matrix: its gradient is their outer product, summed over positions."""
+        return (self.activation, self.gradient) if self.transposed else (self.gradient, self.activation)
 
 
 class Book:
     """Collects the uses of one backward pass.
 
     Args:
-        dtypes: dtype to reckon in, by parameter name (float32 at least).
+        shapes: shape and dtype to reckon in (float32 at least), by parameter.
+        rows: R.
+        units: unit of each row, (R,); None if each row is one.
+        count: U.
+        norms_only: the sums are made elsewhere, and round there on their own.
+        used_once: parameters whose gradients are, with norms_only, measured as they come and forgotten.
     """
 
-    def __init__(self, dtypes: dict[str, torch.dtype]) -> None:
-        self.dtypes = dtypes
-        self.outer: dict[str, list[Outer]] = {}
+    def __init__(
+        self,
+        shapes: dict[str, tuple[torch.Size, torch.dtype]],
+        rows: int,
+        units: Tensor | None,
+        count: int,
+        norms_only: bool = False,
+        used_once: Collection[str] = (),
+    ) -> None:
+        self.shapes, self.rows, self.units, self.count = shapes, rows, units, count
+        self.norms_only, self.used_once = norms_only, used_once
+        self.measured: list[Tensor] = []
+        self.terms = torch.zeros(())
+        self.pairs: dict[str, list[Pair]] = {}
         self.instantiated: dict[str, Tensor] = {}
-        self.rows = self.count = 0
-        self.units: Tensor | None = None
         self.slots: Tensor | None = None
-
-    def open(self, rows: int, units: Tensor | None, count: int) -> None:
-        """State how many rows there are and, where several rows make a unit, which unit each belongs to."""
-        self.rows, self.count, self.units = rows, count, units
         if units is not None:
             earlier = (units.unsqueeze(0) == units.unsqueeze(1)).tril(-1)
             self.slots = earlier.sum(1)  # how many rows of the same unit stand before this one
 
-    def checked(self, value: Tensor) -> Tensor:
-        """The value with the examples first, in float32 at least; (R * T, p), as OPT makes it, becomes (R, T, p)."""
-        if value.dim() == 2 and value.shape[0] != self.rows:
-            value = self.split_rows(value)
-        if value.shape[0] != self.rows:
-            raise UserError(f"Expected first axis {self.rows} (the examples), found shape {tuple(value.shape)}.")
-        return value if value.dtype == torch.float64 else value.float()
+    # ---- what arrives, examples first
 
-    def split_rows(self, value: Tensor) -> Tensor:
-        """(R * T, p) to (R, T, p)."""
-        if value.shape[0] % self.rows:
-            raise UserError(f"Expected a multiple of {self.rows} rows, found shape {tuple(value.shape)}.")
-        return value.reshape(self.rows, -1, value.shape[-1])
+    def add_pair(self, name: str, activation: Tensor, gradient: Tensor, transposed: bool = False) -> None:
+        """A use whose gradient sums outer products of `activation`, (R, …, d) or integers (R, …), `gradient` (R, …, p)."""
+        if not activation.is_floating_point():
+            activation = activation.unsqueeze(-1)
+        activation, gradient = self._by_unit(activation), self._by_unit(gradient)
+        if not activation.is_floating_point():
+            activation = activation.squeeze(-1)  # filled up with row 0, where the gradient is 0
+        pair = Pair(activation, gradient, transposed)
+        if self.norms_only and not pair.is_table:
+            self.terms = self.terms + _terms(pair).square()
+        if self._is_small(name, pair):
+            self._add_per_unit(name, self._instantiate(name, pair))
+        else:
+            self.pairs.setdefault(name, []).append(pair)
+        self._forget_measured(name)
 
-    def by_unit(self, value: Tensor) -> Tensor:
+    def add_rows(self, name: str, gradient: Tensor) -> None:
+        """A use whose per-row gradient (R, *shape) is at hand."""
+        if self.units is not None:
+            gradient = gradient.new_zeros(self.count, *gradient.shape[1:]).index_add_(0, self.units, gradient)
+        self._add_per_unit(name, gradient)
+        self._forget_measured(name)
+
+    def add_units(self, name: str, gradient: Tensor) -> None:
+        """As `add_rows`, by unit: (U, *shape)."""
+        self._add_per_unit(name, gradient)
+
+    def take(self, name: str) -> Tensor | None:
+        """The whole gradient of each unit, (U, *shape), out of the book; None if there is none."""
+        for pair in self.pairs.pop(name, []):
+            self._add_per_unit(name, self._instantiate(name, pair))
+        return self.instantiated.pop(name, None)
+
+    def _forget_measured(self, name: str) -> None:
+        if self.norms_only and name in self.used_once:
+            alone = Book(self.shapes, self.rows, self.units, self.count)
+            if name in self.pairs:
+                alone.pairs[name] = self.pairs.pop(name)
+            if name in self.instantiated:
+                alone.instantiated[name] = self.instantiated.pop(name)
+            self.measured.append(alone.squared_norms())
+
+    def _by_unit(self, value: Tensor) -> Tensor:
         """(R, …, p) to (U, T, p): rows of one unit follow one another along T."""
-        value = self.checked(value)
         value = value.reshape(self.rows, -1, value.shape[-1])
-        return self._merged(value)
-
-    def _merged(self, value: Tensor) -> Tensor:
         if self.units is None or self.slots is None:
             return value
         most = int(self.slots.max()) + 1
@@ -77,108 +124,143 @@ class Book:
         merged[self.units, self.slots] = value
         return merged.flatten(1, 2)
 
-    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
-        """A use whose gradient is left^T right, both (R, …, ·)."""
-        self.outer.setdefault(name, []).append(Outer(self.by_unit(left), self.by_unit(right)))
-
-    def add_rows_of_table(self, name: str, ids: Tensor, gradient: Tensor) -> None:
-        """A table look-up: `ids` (R, …) of integers, `gradient` (R, …, b)."""
-        ids = self._merged(ids.reshape(self.rows, -1, 1)).squeeze(-1)  # filled up with row 0, where the gradient is 0
-        self.outer.setdefault(name, []).append(Outer(ids, self.by_unit(gradient)))
-
-    def summed(self, value: Tensor) -> Tensor:
-        """(R, …, p) to (R, p): the gradient of a bias."""
-        return self.checked(value).reshape(self.rows, -1, value.shape[-1]).sum(1)
-
-    def add_instantiated(self, name: str, gradient: Tensor) -> None:
-        """A use whose per-row gradient (R, *shape) is at hand."""
-        if self.units is not None:
-            gradient = gradient.new_zeros(self.count, *gradient.shape[1:]).index_add_(0, self.units, gradient)
-        self._add_per_unit(name, gradient)
-
     def _add_per_unit(self, name: str, gradient: Tensor) -> None:
-        gradient = gradient.to(self.dtypes[name])
+        shape, dtype = self.shapes[name]
+        gradient = gradient.to(dtype).reshape(self.count, *shape)
         known = self.instantiated.get(name)
         self.instantiated[name] = gradient if known is None else known + gradient
 
+    def _is_small(self, name: str, pair: Pair) -> bool:
+        width = pair.gradient.shape[-1] + (0 if pair.is_table else pair.activation.shape[-1])
+        return self.shapes[name][0].numel() <= INSTANTIATE_UP_TO * pair.gradient.shape[1] * width
+
+    def _instantiate(self, name: str, pair: Pair) -> Tensor:
+        """(U, *shape) gradient of one use."""
+        shape, dtype = self.shapes[name]
+        if pair.is_table:
+            gradient = pair.gradient.to(dtype)
+            dense = gradient.new_zeros(self.count, *shape)
+            return dense.scatter_add_(1, pair.activation.unsqueeze(-1).expand_as(gradient), gradient)
+        rows, columns = pair.factors()
+        return torch.bmm(rows.to(dtype).transpose(1, 2), columns.to(dtype)).reshape(self.count, *shape)
+
+    # ---- norms
+
     def squared_norms(self) -> Tensor:
-        """Squared L2 norm of each unit's whole gradient, shape (U,)."""
-        for name in self.outer.keys() & self.instantiated.keys():
-            for use in self.outer.pop(name):
-                self._add_per_unit(name, _instantiate(use, self.instantiated[name].shape))
-        pieces = [g.reshape(self.count, -1).square().sum(1) for g in self.instantiated.values()]
-        for uses in self.outer.values():
-            pieces += [_inner_product(u, v) * (1 if u is v else 2) for i, u in enumerate(uses) for v in uses[: i + 1]]
-            pieces.append(_rounding(uses))
-        return torch.stack(pieces).sum(0).clamp(min=0) if pieces else torch.zeros(self.count)
+        """Squared L2 norm of each unit's whole gradient, shape (U,), never too small by rounding."""
+        for name in self.pairs.keys() & self.instantiated.keys():
+            self.instantiated[name] = self.take(name)  # type: ignore[assignment]
+        exact = [_squares(gradient.reshape(self.count, -1)) for gradient in self.instantiated.values()]
+        for name, pairs in self.pairs.items():
+            exact += [gram.table_squared_norms(*p.factors(), self.shapes[name][0][0]) for p in pairs if p.is_table]
+            exact += [
+                2 * gram.inner_products(u.factors(), v.factors()) for i, u in enumerate(pairs) for v in pairs[:i]
+            ]  # fmt: skip
+        total = sum([*exact, *self.measured], torch.zeros(self.count, device=self._device()))
+        found, terms = self._of_grams(torch.float32)
+        eps = torch.finfo(torch.promote_types(total.dtype, found.dtype)).eps
+        # Positions may cancel: the terms are then far larger than the norm, and so is their rounding. It stays within
+        # 2 eps terms in trials; twice that also covers the rounding of the clipped sum.
+        bound = 4 * eps * terms
+        if bool((bound > _LOST_BY_ROUNDING * (total + found)).any()):
+            found, terms = self._of_grams(torch.float64)
+            bound = _with_slack(total + found, 2 * eps * terms.sqrt())  # what is left: the rounding of the clipped sum
+        return (total + found + bound + _with_slack(total + found, 2 * eps * self.terms.sqrt())).clamp(min=0)
+
+    def _of_grams(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Squared norms (U,) of all dense pairs by Gram matrices, and of the terms that they are sums of."""
+        groups: dict[tuple, list[Pair]] = {}
+        terms = torch.zeros(self.count, device=self._device())
+        for pairs in self.pairs.values():
+            lengths = torch.zeros(self.count, device=terms.device)
+            for pair in (p for p in pairs if not p.is_table):
+                at = (pair.activation.data_ptr(), pair.activation.shape, pair.activation.stride())
+                groups.setdefault(at, []).append(pair)
+                lengths = lengths + _terms(pair)
+            terms = terms + lengths.square()
+        found = [
+            gram.squared_norms(pairs[0].activation, [pair.gradient for pair in pairs], self._precise(pairs[0], dtype))
+            for pairs in groups.values()
+        ]
+        return sum(found, torch.zeros_like(terms)), terms
+
+    @staticmethod
+    def _precise(pair: Pair, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(dtype, pair.activation.dtype), pair.gradient.dtype)
+
+    def _device(self) -> torch.device:
+        for kept in (self.instantiated.values(), (pairs[0].gradient for pairs in self.pairs.values())):
+            for value in kept:
+                return value.device
+        return torch.device("cpu")
+
+    # ---- sums
 
     def add_clipped(self, sums: dict[str, Tensor], factors: Tensor) -> None:
-        """Add factor-weighted gradients to `sums`, in place. A unit with factor 0 is masked: 0 * NaN is NaN."""
-        masked = factors == 0
-        for name, gradient in self.instantiated.items():
+        """Add factor-weighted gradients to `sums` in place, and forget them; a parameter that is not in `sums` comes in.
+
+        A unit with factor 0 is masked: 0 * NaN is NaN.
+        """
+        dropped = factors == 0
+        masked = dropped if bool(dropped.any()) else None
+        while self.instantiated:
+            name, gradient = self.instantiated.popitem()
             gradient = _without(gradient, masked)
-            sums[name].add_(torch.einsum("u,u...->...", factors.to(gradient.dtype), gradient).reshape(sums[name].shape))
-        for name, uses in self.outer.items():
-            for use in uses:
-                _add_outer(sums[name], use, factors, masked)
+            shape, dtype = self.shapes[name]
+            matrix, weights = gradient.reshape(self.count, -1).t(), factors.to(dtype)
+            if name in sums:
+                sums[name].view(-1).addmv_(matrix, weights)
+            else:
+                sums[name] = torch.mv(matrix, weights).view(shape)
+        while self.pairs:
+            name, pairs = self.pairs.popitem()
+            while pairs:
+                self._add_pair_to(sums, name, pairs.pop(), factors, masked)
+
+    def _add_pair_to(self, sums: dict[str, Tensor], name: str, pair: Pair, factors: Tensor, masked: Tensor | None) -> None:
+        shape, dtype = self.shapes[name]
+        gradient = _without(pair.gradient, masked).to(dtype)
+        weights = factors.to(dtype).view(-1, 1, 1)
+        if pair.is_table:
+            if name not in sums:
+                sums[name] = gradient.new_zeros(shape)
+            rows = (gradient * weights).flatten(0, 1)
+            sums[name].index_add_(0, pair.activation.flatten(), rows)
+            return
+        activation = _without(pair.activation, masked).to(dtype)
+        if activation.shape[-1] < gradient.shape[-1]:
+            activation = activation * weights
+        else:
+            gradient = gradient * weights
+        left, right = (activation, gradient) if pair.transposed else (gradient, activation)
+        left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+        if name in sums:
+            sums[name].view(left.shape[0], -1).addmm_(left, right)
+        else:
+            sums[name] = torch.mm(left, right).view(shape)
 
 
-def _without(value: Tensor, masked: Tensor) -> Tensor:
-    if not bool(masked.any()):
+def _without(value: Tensor, masked: Tensor | None) -> Tensor:
+    if masked is None:
         return value
     return torch.where(masked.view(-1, *(1 for _ in value.shape[1:])), torch.zeros_like(value), value)
 
 
-def _add_outer(total: Tensor, use: Outer, factors: Tensor, masked: Tensor) -> None:
-    right = _without(use.right, masked)
-    weighted = right * factors.to(right.dtype).view(-1, 1, 1)
-    matrix = total.view(-1, right.shape[-1]) if use.is_table else total.view(use.left.shape[-1], -1)
-    if use.is_table:
-        matrix.index_add_(0, use.left.flatten(), weighted.flatten(0, 1).to(total.dtype))
-    else:
-        left = _without(use.left, masked)
-        matrix.addmm_(left.flatten(0, 1).T.to(total.dtype), weighted.flatten(0, 1).to(total.dtype))
+def _with_slack(squares: Tensor, slack: Tensor) -> Tensor:
+    """What makes squared norms those of norms that are larger by `slack`."""
+    return slack * (slack + 2 * squares.clamp(min=0).sqrt())
 
 
-def _instantiate(use: Outer, shape: torch.Size) -> Tensor:
-    """(U, *shape) gradient of one use."""
-    if not use.is_table:
-        return torch.bmm(use.left.transpose(1, 2), use.right).reshape(shape)
-    dense = use.right.new_zeros(shape)
-    dense.scatter_add_(1, use.left.unsqueeze(-1).expand_as(use.right), use.right)
-    return dense
+def _terms(pair: Pair) -> Tensor:
+    """Sum over positions of the lengths of what is added up there, (U,)."""
+    return (_lengths(pair.activation) * _lengths(pair.gradient)).sum(1)
 
 
-def _rounding(uses: list[Outer]) -> Tensor:
-    """Bound on the rounding of a parameter's squared norm, (U,), to be added to it, so that no contribution exceeds C.
-
-    Positions may cancel: the terms are then far larger than the norm, and so is their rounding. It stays within
-    2 eps (sum of |left[t]| |right[t]|)^2 in trials; twice that also covers the rounding of the clipped sum.
-    """
-    lengths = [u.right.norm(dim=2) if u.is_table else u.left.norm(dim=2) * u.right.norm(dim=2) for u in uses]
-    terms = torch.stack([length.sum(1) for length in lengths]).sum(0)
-    return 4 * torch.finfo(terms.dtype).eps * terms.square()
+def _lengths(factor: Tensor) -> Tensor:
+    """Euclidean lengths (U, T) of a factor's rows, in float32 at least."""
+    return torch.linalg.vector_norm(factor, dim=2, dtype=torch.promote_types(factor.dtype, torch.float32))
 
 
-def _inner_product(u: Outer, v: Outer) -> Tensor:
-    """<gradient of u, gradient of v> per unit, (U,): through T × T Gram matrices or, where cheaper, the gradient itself.
-
-    Gram matrices are in float64: where positions cancel, their float32 products can round to 0 for a large gradient.
-    """
-    if u is v and not u.is_table:
-        positions, a, b = u.left.shape[1], u.left.shape[2], u.right.shape[2]
-        if a * b <= positions * (a + b):
-            return torch.bmm(u.left.transpose(1, 2), u.right).flatten(1).square().sum(1)
-    right = torch.bmm(u.right.double(), v.right.double().transpose(1, 2))
-    return (_left_gram(u, v) * right).flatten(1).sum(1).to(u.right.dtype)
-
-
-def _left_gram(u: Outer, v: Outer) -> Tensor:
-    """left_u · left_v for every pair of positions, (U, T_u, T_v); a table's left factor is a one-hot row."""
-    if u.is_table and v.is_table:
-        return (u.left.unsqueeze(2) == v.left.unsqueeze(1)).double()
-    if u.is_table:
-        return _left_gram(v, u).transpose(1, 2)
-    if v.is_table:
-        return u.left.double().gather(2, v.left.unsqueeze(1).expand(-1, u.left.shape[1], -1))
-    return torch.bmm(u.left.double(), v.left.double().transpose(1, 2))
+def _squares(matrix: Tensor) -> Tensor:
+    """Squared lengths of the rows of a matrix, without a second copy of it."""
+    return torch.linalg.vector_norm(matrix, dim=1).square()

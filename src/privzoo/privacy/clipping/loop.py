@@ -9,6 +9,8 @@ from privzoo.privacy.clipping.engine import (
     Forward,
     checked_units,
     clip_factors,
+    gradients_put_aside,
+    sum_dtype,
     trainable_parameters,
     zero_sums,
 )
@@ -44,14 +46,14 @@ class Loop:
         """
         parameters = trainable_parameters(self.model)
         sums = zero_sums(parameters) if into is None else into
+        for name, zeros in zero_sums({n: p for n, p in parameters.items() if n not in sums}).items():
+            sums[name] = zeros
         with torch.enable_grad():
             losses = forward()
         units, count = checked_units(losses, unit_of_row)
         norms = losses.new_zeros(count, dtype=torch.promote_types(losses.dtype, torch.float32))
         for unit in range(count):
-            loss = losses[units == unit].sum()
-            found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-            gradients = {n: g.to(sums[n].dtype) for n, g in zip(parameters, found, strict=True) if g is not None}
+            gradients = self._gradients(parameters, losses[units == unit].sum())
             norms[unit] = torch.sqrt(sum((g.double().square().sum() for g in gradients.values()), torch.zeros(())))
             factor = clip_factors(norms[unit : unit + 1], clip_norm)
             if factor.item() > 0:
@@ -60,3 +62,11 @@ class Loop:
         if int((~torch.isfinite(norms)).sum()) > 1:
             raise UserError("Loop cannot tell a non-finite example from its neighbours: take microbatch_size=1.")
         return ClippedSums(sums, norms, losses.detach())
+
+    @staticmethod
+    def _gradients(parameters: dict[str, nn.Parameter], loss: Tensor) -> dict[str, Tensor]:
+        with gradients_put_aside(parameters.values()):
+            if loss.requires_grad:
+                loss.backward(retain_graph=True)  # not autograd.grad, which reentrant checkpointing refuses
+            found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return {name: gradient.to(sum_dtype(gradient)) for name, gradient in found.items()}
