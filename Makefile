@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.complete
@@ -29,6 +29,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# About an hour on a quiet machine; `bench/engine.py only=… variants=… rounds=…` does a part.
+bench: setup
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/training_step.py
 
 # Leaves the environment (.venv) and the runs (runs/) alone.
 clean:

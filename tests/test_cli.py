@@ -293,3 +293,12 @@ def test_a_wheel_carries_conf_and_works_anywhere(tmp_path):
     assert done.stdout.startswith(str(site / "privzoo" / "conf"))
     assert "67,349" in done.stdout
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """`privzoo-train --help | head -1` ends without a traceback."""
+    command = f"{sys.executable} -m privzoo.train --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY)
+    assert found.returncode in (0, 141)  # 0 where all of it fitted into the pipe
+    assert "Fine-tunes" in found.stdout
+    assert found.stderr == ""

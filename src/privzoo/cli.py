@@ -122,6 +122,10 @@ def exit_on_error(config_name: str = "train") -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         number = stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT
         print(f"privzoo: {stop if isinstance(stop, Stopped) else 'stopped by Ctrl-C.'}", file=sys.stderr)

@@ -20,7 +20,7 @@ COMMITTED = pretrain.TINY_FOLDER
 def public_loss(folder: Path) -> float:
     """How well the model in `folder` knows the public part; for the ViT, which has no head, by a linear probe."""
     if folder.name == "tiny_vit":
-        rows = toyworld.public_images()[:1500]
+        rows = toyworld._image_rows(np.random.default_rng(16), toyworld.PUBLIC_SHAPES, 800)  # of the public part's kind
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         pixels = processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
         body = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
@@ -98,6 +98,7 @@ def test_making_reads_nothing_private_and_leaves_no_trace(tmp_path: Path, monkey
     for private in ("text_rows", "lm_rows", "image_rows"):
         monkeypatch.setattr(toyworld, private, lambda split: pytest.fail("private rows were read"))
     monkeypatch.setattr(pretrain, "_train", lambda modules, loss, steps, learning_rate: loss(0).backward())
+    monkeypatch.setattr(toyworld, "_PUBLIC_IMAGES", 64)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     for name in NAMES:
         pretrain.make(name, tmp_path)

@@ -56,6 +56,7 @@ class PrivacyCallback(Callback):
     # ---- each release
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write the release into the ledger before it is made; refuse one that the plan or epsilon has no room for."""
         if not isinstance(batch, LogicalBatch):
             raise UserError(f"Expected a LogicalBatch from private_loader, found {type(batch).__name__}.")
         if batch.release != trainer.global_step:
@@ -75,6 +76,7 @@ class PrivacyCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Hold optimizer steps, noise draws and ledger entries against each other, and stop where epsilon ends."""
         self._made += 1
         if trainer.global_step != batch.release + 1 or _private(pl_module).mechanism.draws != self._made:
             raise RuntimeError(

@@ -87,7 +87,7 @@ def gradients(
             raise UnsupportedUse(f"Expected {len(losses)} rows (one a loss) at the first operation, found {seen.rows}.")
         shapes = {n: (p.shape, sum_dtype(p)) for n, p in (*parameters.items(), *seen.derived.items())}
         units = units if unit_of_row is not None else None
-        seen.book = book = Book(shapes, len(losses), units, count, norms_only, seen.used_once() if norms_only else ())
+        seen.book = book = Book(shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
         if not losses.requires_grad:
             return losses, book
         _prove(seen, losses)

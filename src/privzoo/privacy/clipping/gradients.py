@@ -46,6 +46,7 @@ class Book:
         rows: R.
         units: unit of each row, (R,); None if each row is one.
         count: U.
+        device: of the gradients.
         norms_only: the sums are made elsewhere, and round there on their own.
         used_once: parameters whose gradients are, with norms_only, measured as they come and forgotten.
     """
@@ -56,13 +57,14 @@ class Book:
         rows: int,
         units: Tensor | None,
         count: int,
+        device: torch.device,
         norms_only: bool = False,
         used_once: Collection[str] = (),
     ) -> None:
-        self.shapes, self.rows, self.units, self.count = shapes, rows, units, count
+        self.shapes, self.rows, self.units, self.count, self.device = shapes, rows, units, count, device
         self.norms_only, self.used_once = norms_only, used_once
         self.measured: list[Tensor] = []
-        self.terms = torch.zeros(())
+        self.terms = torch.zeros((), device=device)
         self.pairs: dict[str, list[Pair]] = {}
         self.instantiated: dict[str, Tensor] = {}
         self.slots: Tensor | None = None
@@ -107,7 +109,7 @@ class Book:
 
     def _forget_measured(self, name: str) -> None:
         if self.norms_only and name in self.used_once:
-            alone = Book(self.shapes, self.rows, self.units, self.count)
+            alone = Book(self.shapes, self.rows, self.units, self.count, self.device)
             if name in self.pairs:
                 alone.pairs[name] = self.pairs.pop(name)
             if name in self.instantiated:
@@ -156,7 +158,7 @@ class Book:
             exact += [
                 2 * gram.inner_products(u.factors(), v.factors()) for i, u in enumerate(pairs) for v in pairs[:i]
             ]  # fmt: skip
-        total = sum([*exact, *self.measured], torch.zeros(self.count, device=self._device()))
+        total = sum([*exact, *self.measured], torch.zeros(self.count, device=self.device))
         found, terms = self._of_grams(torch.float32)
         eps = torch.finfo(torch.promote_types(total.dtype, found.dtype)).eps
         # Positions may cancel: the terms are then far larger than the norm, and so is their rounding. It stays within
@@ -170,7 +172,7 @@ class Book:
     def _of_grams(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Squared norms (U,) of all dense pairs by Gram matrices, and of the terms that they are sums of."""
         groups: dict[tuple, list[Pair]] = {}
-        terms = torch.zeros(self.count, device=self._device())
+        terms = torch.zeros(self.count, device=self.device)
         for pairs in self.pairs.values():
             lengths = torch.zeros(self.count, device=terms.device)
             for pair in (p for p in pairs if not p.is_table):
@@ -187,12 +189,6 @@ class Book:
     @staticmethod
     def _precise(pair: Pair, dtype: torch.dtype) -> torch.dtype:
         return torch.promote_types(torch.promote_types(dtype, pair.activation.dtype), pair.gradient.dtype)
-
-    def _device(self) -> torch.device:
-        for kept in (self.instantiated.values(), (pairs[0].gradient for pairs in self.pairs.values())):
-            for value in kept:
-                return value.device
-        return torch.device("cpu")
 
     # ---- sums
 

@@ -17,6 +17,7 @@ from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.interception import Interception
 from privzoo.privacy.clipping.layouts import UnsupportedUse
 
+SMALL = 1 << 19  # numbers: what stays in a processor's cache is sooner copied than looped over
 ELEMENTWISE: set[Any] = {
     getattr(place, name)
     for place, names in (
@@ -113,7 +114,12 @@ def layer_norm(
 
 
 def _layer_norm_gradients(gradient: Tensor, input: Tensor, shape: list[int], eps: float) -> tuple[Tensor, Tensor]:
-    """Per-row gradients (R, *shape) of scale and shift, by the native kernel row by row: no copy of the normalised input."""
+    """Per-row gradients (R, *shape) of scale and shift: by the native kernel row by row, which makes no copy of the
+    normalised input; where that would be a small one, all rows at once."""
+    if input.numel() <= SMALL:
+        normalised = F.layer_norm(input, shape, None, None, eps)
+        parts = (len(input), -1, *shape)
+        return (gradient * normalised).reshape(parts).sum(1), gradient.reshape(parts).sum(1)
     ones, zeros = input.new_ones(shape), input.new_zeros(shape)
     gradient, input = gradient.contiguous(), input.contiguous()
     found = []

@@ -1,0 +1,140 @@
+"""privzoo's whole training step (Lightning, loader, ledger, keyed noise, curves) beside the engine's bare step.
+
+    python bench/training_step.py [rounds=3] [steps=6] [method=dp_full] [out=bench/results/training_step.md]
+
+Both train a BERT of MiniLM's size (6 layers, width 384) on toy_text, 512 rows a release, on the same Poisson draws. The bare
+step is collating, clipped sums, torch's own normal noise and fused AdamW. Runs take turns, a process each; the first release
+is left out on both sides.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+
+BATCH, MICRO_BATCH = 512, 64
+
+
+def make_model(folder: Path) -> None:
+    """Random weights with tiny_encoder's tokenizer."""
+    from privzoo.models.pretrain import TINY_FOLDER
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER / "tiny_encoder")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
+                                     intermediate_size=1536, max_position_embeddings=64)  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def composed(folder: Path, method: str, steps: int):
+    from privzoo.composition import compose
+
+    return compose([
+        "task=toy_text", f"method={method}", f"model.path={folder / 'model'}", "eps=null", "privacy.noise_multiplier=0.5",
+        f"batch_size={BATCH}", f"microbatch_size={MICRO_BATCH}", f"epochs={steps * BATCH / 8000}", "trainer.progress=false",
+        f"output_dir={folder / 'runs'}", "privacy.noise_seed=1", "lr=1e-5",
+    ])  # fmt: skip
+
+
+def whole(folder: Path, method: str, steps: int) -> dict[str, float]:
+    """Seconds a step of a run as a user starts it, from one `on_train_batch_end` to the next."""
+
+    from privzoo.methods.first_order import FirstOrder
+    from privzoo.run import run
+    from privzoo.run_folder import open_folder
+
+    ends: list[float] = []
+    update = FirstOrder.update
+
+    def timed(self, *args):
+        update(self, *args)
+        ends.append(time.perf_counter())
+
+    FirstOrder.update = timed  # type: ignore[method-assign]
+    run(open_folder(composed(folder, method, steps)))
+    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
+
+
+def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
+    """Seconds a step of the same arithmetic in a plain loop."""
+    from privzoo.composition import build
+    from privzoo.methods.trainable import select_trainable
+    from privzoo.privacy.clipping import BookKeeping
+    from privzoo.privacy.sampling import PoissonBatches, PoissonDraws
+    from privzoo.privacy.streams import RunKey
+    from privzoo.run import make_plan
+
+    cfg = composed(folder, method, steps)
+    task = build(cfg.task)
+    task.load(None)
+    loaded = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=0)
+    task.prepare(loaded.processor)
+    plan = make_plan(cfg, task.num_examples)
+    trainable = select_trainable(loaded.model, cfg.method.trainable, loaded.new_head)
+    engine = BookKeeping(loaded.model)
+    optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-5, fused=True)
+    batches = PoissonBatches(
+        task.train, PoissonDraws(plan, RunKey.for_tests(1), "bench"), task.collate, task.length, MICRO_BATCH
+    )
+    ends = []
+    for release in range(plan.steps):
+        sums: dict[str, torch.Tensor] = {}
+        for rows in batches[release].micro_batches:
+            engine(lambda rows=rows: task.losses(loaded.model, rows), 0.1, into=sums)
+        for name, total in sums.items():
+            trainable[name].grad = total.add_(torch.empty_like(total).normal_(0, 0.05)).div_(BATCH)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ends.append(time.perf_counter())
+    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
+
+
+def asked(kind: str, folder: Path, method: str, steps: int) -> float:
+    command = [sys.executable, __file__, "worker", kind, str(folder), method, str(steps)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.strip().splitlines()[-1])["seconds"]
+
+
+def main(argv: list[str]) -> int:
+    options = dict(argument.split("=", 1) for argument in argv)
+    rounds, steps = int(options.get("rounds", 3)), int(options.get("steps", 6))
+    lines = ["| method | bare step | whole step / bare step |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model")
+        for method in options.get("method", "dp_full,dp_bitfit").split(","):
+            pairs = []
+            for turn in range(rounds):
+                place = Path(folder) / f"{method}{turn}"
+                place.mkdir()
+                (place / "model").symlink_to(Path(folder) / "model")
+                pairs.append([asked(kind, place, method, steps) for kind in ("bare", "whole")])
+            ratio = statistics.median(w / b for b, w in pairs)
+            lines.append(f"| {method} | {statistics.median(b for b, _ in pairs):.2f} s | {ratio:.3f} |")
+            print(lines[-1], flush=True)
+    head = (
+        f"`python bench/training_step.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, "
+        f"torch {version('torch')}, lightning {version('lightning')}, {rounds} rounds of {steps} releases of {BATCH} rows.\n"
+    )
+    out = Path(options.get("out", "bench/results/training_step.md"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join([head, *lines]) + "\n")
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        torch.set_num_threads(1)
+        print(json.dumps({"whole": whole, "bare": bare}[sys.argv[2]](Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))))
+    else:
+        sys.exit(main(sys.argv[1:]))
