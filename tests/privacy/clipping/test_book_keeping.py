@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from privzoo.privacy.clipping import BookKeeping
+from privzoo.privacy.clipping import BookKeeping, gradients, gram, operations
 
 R, T, E = 5, 4, 6
 WEIGHTS = torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -62,6 +62,13 @@ def attention(use, **options):
 CASES = {
     "linear on rows": lambda: Model(lambda m: scored(m.a(X[:, 0])), a=lambda: nn.Linear(E, 3)),
     "linear, Gram form": lambda: Model(lambda m: scored(m.a(X[:, :2])), a=lambda: nn.Linear(E, 30)),
+    "two layers on one activation, Gram form": lambda: Model(
+        lambda m: scored((lambda x: m.a(x).sin() * m.b(x)[..., :20])(X[:, :2])),
+        a=lambda: nn.Linear(E, 20), b=lambda: nn.Linear(E, 30),
+    ),
+    "two layers on unlike activations, Gram form": lambda: Model(
+        lambda m: scored(m.a(X[:, :2]).sin() * m.b(X[:, 2:])), a=lambda: nn.Linear(E, 20), b=lambda: nn.Linear(E, 20)
+    ),
     "linear, instantiated form": lambda: Model(lambda m: scored(m.a(X)), a=lambda: nn.Linear(E, 2)),
     "linear without bias on four axes": lambda: Model(
         lambda m: scored(m.a(X.reshape(R, 2, 2, E))), a=lambda: nn.Linear(E, 3, bias=False)
@@ -144,6 +151,10 @@ CASES = {
     "data of a linear layer": lambda: with_weight((1, E), lambda x, w: x + F.linear(w, WEIGHTS, w[0])),
     "shifted by one, as in Gemma": lambda: with_weight((E,), lambda x, w: x * (1.0 + w.double())),
     "meets a constant": lambda: with_weight((E,), lambda x, w: x + w * WEIGHTS[0]),
+    "meets a constant as long as twice the rows": lambda: with_weight(
+        (1,), lambda x, w: x.flatten(1)[:, : 2 * R] + w * WEIGHTS.flatten()[: 2 * R]
+    ),
+    "taken as it is and transposed": lambda: with_weight((E, E), lambda x, w: (x @ w).tanh() @ w.t()),
     "meets a constant number": lambda: with_weight((1,), lambda x, w: x[:, :, :R] * (w * torch.ones(1))),
     "meets a mask that has rows": lambda: with_weight(
         (1, E), lambda x, w: x[:, 0] + torch.where(X[:, 0] > 0, w, 0) * 2
@@ -216,6 +227,18 @@ def test_equals_the_loop(case, units, agree):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", CASES)
+def test_equals_the_loop_as_if_large(case, agree, monkeypatch):
+    """PRIVACY lines 14 and 33: nothing instantiated, Gram matrices in blocks of two positions, norms row by row; models as
+    small as these, left to themselves, do little of it."""
+    monkeypatch.setattr(gradients, "INSTANTIATE_UP_TO", 0.0)
+    monkeypatch.setattr(gram, "_BLOCK", 2)
+    monkeypatch.setattr(operations, "SMALL", 0)
+    model = CASES[case]()
+    agree(model, model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("case", CASES)
 def test_unclipped_sum_is_the_gradient_of_the_sum(case):
     """An oracle of another kind than Loop: plain autograd on all rows at once."""
     model = CASES[case]()
@@ -258,7 +281,9 @@ def test_a_part_without_gradient_to_the_losses(agree):
     assert not agree(model, model).sums["b.weight"].any()
 
 
-@pytest.mark.parametrize("case", ["class token", "tied, and looked up twice"])
+@pytest.mark.parametrize(
+    "case", ["class token", "tied, and looked up twice", "positions without batch axis", "linear, Gram form"]
+)
 def test_sums_are_added_to_what_is_there(case):
     """PRIVACY line 11, engine's part: `into` is added to, not overwritten; instantiated gradients, products, tables."""
     model = CASES[case]()

@@ -75,3 +75,20 @@ def test_contributions_in_bf16_autocast_stay_within_the_clip_norm(name, transfor
         assert {value.dtype for value in found.sums.values()} == {torch.float32}
         length = torch.sqrt(sum(value.double().square().sum() for value in found.sums.values()))
         assert 0.999 < length.item() / 1e-3 < 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2"])
+def test_autocast_around_the_engine_is_that_of_the_model(name, transformer):
+    """PRIVACY line 27: autocast reaches the forward pass alone; what the engine reckons with its results is not bf16."""
+    model, losses = transformer(name, dtype=torch.float32)
+    row = slice(0, 1)
+
+    def cast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return losses(row)
+
+    expected = BookKeeping(model)(cast, math.inf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = BookKeeping(model)(lambda: losses(row), math.inf)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=1e-5 * float(expected.norms.max()))

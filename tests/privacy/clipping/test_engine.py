@@ -1,4 +1,4 @@
-"""What both engines share, by hand arithmetic."""
+"""What all engines share, by hand arithmetic."""
 
 import math
 
@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from privzoo.errors import UserError
-from privzoo.privacy.clipping import BookKeeping, Loop, clip_factors
+from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, Loop, OpacusHooks, clip_factors
 from privzoo.privacy.clipping.engine import sum_dtype, trainable_parameters, zero_sums
 
-ENGINES = [BookKeeping, Loop]
+ENGINES = [BookKeeping, GhostTwoPass, Loop, OpacusHooks]
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")  # of Opacus, which puts up with it
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,29 @@ def test_units_are_summed_before_they_are_clipped(engine):
     found = engine(model)(losses, clip_norm=1.0, unit_of_row=torch.tensor([1, 0, 1]))
     torch.testing.assert_close(found.norms, torch.tensor([0.5, 15.0], dtype=torch.float64))
     torch.testing.assert_close(found.sums["weight"], torch.tensor([[0.6, 1.3]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sums_are_added_to_what_is_there_by_hand(engine):
+    """PRIVACY line 11: two micro-batches of (1.2, 2.1) on top of (10, 20); the accumulators stay the same tensors."""
+    model, losses = score()
+    into = {"weight": torch.tensor([[10.0, 20.0]], dtype=torch.float64)}
+    total, made = into["weight"], engine(model)
+    for _ in range(2):
+        assert made(losses, clip_norm=1.0, into=into).sums is into
+    assert into["weight"] is total
+    torch.testing.assert_close(total, torch.tensor([[12.4, 24.2]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_and_their_grad_are_left_as_they_were(engine):
+    """What an optimizer finds in .grad is never an engine's leftover."""
+    model, losses = score()
+    before = model.weight.detach().clone()
+    engine(model)(losses, clip_norm=1.0)
+    assert model.weight.grad is None
+    assert model.weight.requires_grad
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -36,6 +36,7 @@ class Held(nn.Module):
 
 USES = {
     "einsum": ((2, E), lambda x, w: torch.einsum("rte,oe->rto", x, w)),
+    "einsum, then scaled by data": ((T, E), lambda x, w: torch.einsum("rte,te->rte", x, w) * x.tanh()),
     "in a list": ((E,), lambda x, w: torch.stack([x, w.expand_as(x)])),
     "concatenated": ((R, T, 1), lambda x, w: torch.cat([x, w], dim=2)),
     "by keyword": ((E,), lambda x, w: torch.where(condition=x > 0, input=x, other=w)),
@@ -139,3 +140,10 @@ def test_positions_that_are_looked_up_before_any_data():
     model = nn.ModuleDict({"p": nn.Embedding(T, E), "a": nn.Linear(E, E)})
     with pytest.raises((UserError, RuntimeError)):
         BookKeeping(model)(lambda: (model["p"](torch.arange(T)) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)
+
+
+def test_one_position_that_is_looked_up_before_any_data():
+    """As above, where one copy instead of three would fit all the same."""
+    model = nn.ModuleDict({"p": nn.Embedding(T, E), "a": nn.Linear(E, E)})
+    with pytest.raises(UnsupportedUse, match=r"Expected 3 rows \(one a loss\) at the first operation, found 1"):
+        BookKeeping(model)(lambda: (model["p"](torch.arange(1)) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)
