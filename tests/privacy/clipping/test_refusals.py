@@ -139,11 +139,11 @@ def test_positions_that_are_looked_up_before_any_data():
     """The number of rows is that of the first operation: wrong there, the copies would be too many or too few."""
     model = nn.ModuleDict({"p": nn.Embedding(T, E), "a": nn.Linear(E, E)})
     with pytest.raises((UserError, RuntimeError)):
-        BookKeeping(model)(lambda: (model["p"](torch.arange(T)) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)
+        BookKeeping(model)(lambda: (model["p"](torch.arange(T)[None]) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)
 
 
 def test_one_position_that_is_looked_up_before_any_data():
     """As above, where one copy instead of three would fit all the same."""
     model = nn.ModuleDict({"p": nn.Embedding(T, E), "a": nn.Linear(E, E)})
     with pytest.raises(UnsupportedUse, match=r"Expected 3 rows \(one a loss\) at the first operation, found 1"):
-        BookKeeping(model)(lambda: (model["p"](torch.arange(1)) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)
+        BookKeeping(model)(lambda: (model["p"](torch.arange(1)[None]) + model["a"](X)).flatten(1).sum(1), clip_norm=1.0)

@@ -99,7 +99,9 @@ def test_gradients_of_any_size_in_float32(engine, strength):
     model = Small(torch.float32)
     ids = torch.tensor([[3, 5], [1, 1]])
     alone = torch.tensor([strength, 0.0])
-    found = engine(model)(lambda: model(ids, alone), C)
+    made = engine(model)
+    made(lambda: model(ids, torch.ones(2)), C)  # shows where the examples lie: of two rows and two places
+    found = made(lambda: model(ids, alone), C)
     assert length(found.sums) <= C * (1 + 1e-6)
     if strength <= 1e17:
         assert length(found.sums) > 0

@@ -3,6 +3,8 @@
 Sources: Goodfellow 2015 (per-example norms); Li et al. 2022 (ghost norm); Bu et al. 2022 (book-keeping).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from privzoo.privacy.clipping.engine import (
 )
 from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.interception import Interception
-from privzoo.privacy.clipping.layouts import Layouts, UnsupportedUse
+from privzoo.privacy.clipping.layouts import Layouts, UnsupportedUse, proof_weights
 from privzoo.privacy.clipping.operations import ELEMENTWISE, HANDLERS
 
 
@@ -25,7 +27,7 @@ class BookKeeping:
     """Clipped sums in one forward and one backward pass.
 
     Guarantee: equal to `Loop` up to rounding, or `UnsupportedUse`. Where the examples lie in a tensor is proved on the first
-    batch of several rows, by two more backward passes.
+    batch of several rows, by a few more backward passes.
 
     Args:
         model: its trainable parameters may be used in the operations of `operations.HANDLERS`, elementwise with data, and in
@@ -87,34 +89,44 @@ def gradients(
             raise UnsupportedUse(f"Expected {len(losses)} rows (one a loss) at the first operation, found {seen.rows}.")
         shapes = {n: (p.shape, sum_dtype(p)) for n, p in (*parameters.items(), *seen.derived.items())}
         units = units if unit_of_row is not None else None
-        seen.book = book = Book(shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
-        if not losses.requires_grad:
-            return losses, book
-        _prove(seen, losses)
-        seen.run_backward(losses, torch.ones_like(losses), keep_graph=False)
+
+        def fresh_book() -> Book:
+            return Book(shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
+
+        seen.book = fresh_book()
+        if losses.requires_grad:
+            _collect(seen, losses, fresh_book)
         unseen = [name for name, parameter in parameters.items() if parameter.grad is not None]
         if unseen:  # parameters are detached wherever they are seen
             raise UnsupportedUse(f"{unseen[0]} is used where BookKeeping sees nothing (TorchScript?): freeze it.")
-        _pull_back(seen, parameters)
-    return losses.detach(), book
+        _pull_back(seen, seen.book, parameters)
+    return losses.detach(), seen.book
+
+
+def _collect(seen: Interception, losses: Tensor, fresh_book: Callable[[], Book]) -> None:
+    """The backward pass, after a proof of where the examples lie if that is not known yet; one row needs none."""
+    proved, several = seen.layouts.proved, len(losses) > 1
+    proving = several and not seen.keys <= proved.keys()
+    if proving:
+        _prove(seen, losses)
+    seen.run_backward(losses, torch.ones_like(losses), keep_graph=seen.hidden)
+    if several and seen.hidden and not proving and not seen.arrivals <= proved.keys():
+        _prove(seen, losses)
+        seen.book = fresh_book()
+        seen.run_backward(losses, torch.ones_like(losses), keep_graph=False)
 
 
 def _prove(seen: Interception, losses: Tensor) -> None:
-    """Two backward passes that show where the examples lie, if that is not known yet; one row needs none."""
-    if len(losses) < 2 or seen.keys <= seen.layouts.proved.keys():
-        return
-    spread = torch.arange(1, len(losses) + 1, device=losses.device) * 0.618034
-    weights = 0.5 + spread % 1  # no two alike
-    for seen.weighted, each in ((True, weights), (False, torch.ones_like(weights))):
+    """Backward passes that show where the examples lie."""
+    weights = proof_weights(len(losses), losses.device)
+    for seen.turn, each in enumerate([torch.ones_like(weights[0]), *weights]):
         seen.run_backward(losses, each, keep_graph=True)
-    seen.weighted = None
+    seen.turn = None
     seen.layouts.conclude(weights)
 
 
-def _pull_back(seen: Interception, parameters: dict[str, nn.Parameter]) -> None:
+def _pull_back(seen: Interception, book: Book, parameters: dict[str, nn.Parameter]) -> None:
     """Per-unit gradients of derived parameters, brought back to the parameters that they were made of."""
-    book = seen.book
-    assert book is not None
     for name, value in seen.derived.items():
         arrived = book.take(name)
         if arrived is None:

@@ -82,7 +82,7 @@ class Book:
         if not activation.is_floating_point():
             activation = activation.squeeze(-1)  # filled up with row 0, where the gradient is 0
         pair = Pair(activation, gradient, transposed)
-        if self.norms_only and not pair.is_table:
+        if self.norms_only:
             self.terms = self.terms + _terms(pair).square()
         if self._is_small(name, pair):
             self._add_per_unit(name, self._instantiate(name, pair))
@@ -96,6 +96,14 @@ class Book:
             gradient = gradient.new_zeros(self.count, *gradient.shape[1:]).index_add_(0, self.units, gradient)
         self._add_per_unit(name, gradient)
         self._forget_measured(name)
+
+    def allow_for(self, parts: Tensor, factor: float = 1.0) -> None:
+        """With norms_only: a sum made elsewhere adds up these `parts`, (R, T, p), each up to `factor` times as long."""
+        if self.norms_only:
+            lengths = factor * _lengths(parts).sum(1)
+            if self.units is not None:
+                lengths = lengths.new_zeros(self.count).index_add_(0, self.units, lengths)
+            self.terms = self.terms + lengths.square()
 
     def add_units(self, name: str, gradient: Tensor) -> None:
         """As `add_rows`, by unit: (U, *shape)."""
@@ -249,7 +257,8 @@ def _with_slack(squares: Tensor, slack: Tensor) -> Tensor:
 
 def _terms(pair: Pair) -> Tensor:
     """Sum over positions of the lengths of what is added up there, (U,)."""
-    return (_lengths(pair.activation) * _lengths(pair.gradient)).sum(1)
+    lengths = _lengths(pair.gradient)
+    return (lengths if pair.is_table else lengths * _lengths(pair.activation)).sum(1)
 
 
 def _lengths(factor: Tensor) -> Tensor:

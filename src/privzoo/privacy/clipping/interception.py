@@ -10,7 +10,7 @@ Inside `forward`, and inside the recomputations of gradient checkpointing, a `To
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from privzoo.privacy.clipping.gradients import Book
-from privzoo.privacy.clipping.layouts import Layouts, UnsupportedUse, rows_first
+from privzoo.privacy.clipping.layouts import LAYOUTS, Layouts, UnsupportedUse, rows_first
 
 Collect = Callable[..., None]
 
@@ -28,8 +28,8 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, seen: "Interception", key: Hashable, collect: Collect,
-                *saved: Tensor) -> Tensor:  # fmt: skip
-        ctx.seen, ctx.key, ctx.collect = seen, key, collect
+                layouts: Sequence[str], *saved: Tensor) -> Tensor:  # fmt: skip
+        ctx.seen, ctx.key, ctx.collect, ctx.layouts = seen, key, collect, layouts
         ctx.save_for_backward(anchor, *saved)  # through autograd: checkpointing can then recompute them
         # Not view_as: autograd forbids an in-place operation, such as ReLU(inplace=True), on a view made here.
         return torch.ops.aten._unsafe_view(output, output.shape)
@@ -39,9 +39,9 @@ class Tap(torch.autograd.Function):
         anchor, *saved = ctx.saved_tensors
         # Under the caller's autocast the products would be bf16, and norms too small by up to 2^-8.
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            ctx.seen.arrived(ctx.key, gradient, ctx.collect, *saved)
+            ctx.seen.arrived(ctx.key, gradient, ctx.collect, ctx.layouts, *saved)
         passed_on = gradient if ctx.needs_input_grad[0] else None
-        return passed_on, torch.zeros_like(anchor), None, None, None, *(None for _ in saved)
+        return passed_on, torch.zeros_like(anchor), None, None, None, None, *(None for _ in saved)
 
 
 class Interception(TorchFunctionMode):
@@ -68,7 +68,9 @@ class Interception(TorchFunctionMode):
         self.rows: int | None = None  # of the first operation on data; checked against the losses
         self.needs_rows = False
         self.book: Book | None = None
-        self.weighted: bool | None = None  # in a proof: whether losses are weighted; None: gradients are collected
+        self.turn: int | None = None  # of a proof, see Layouts.measure; None: gradients are collected
+        self.hidden = False  # uses under reentrant checkpointing, which the backward pass shows first
+        self.arrivals: set[Hashable] = set()
         self.anchor = torch.zeros((), requires_grad=True, device=next(iter(parameters.values())).device)
 
     # ---- forward
@@ -76,12 +78,14 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.rows is None and func in self.handlers and func is not Tensor.expand:
-            self.rows = [*args, *kwargs.values()][1 if func is torch.addmm else 0].shape[0]
+            data = [*args, *kwargs.values()][1 if func is torch.addmm else 0]
+            self.rows = data.shape[0] if data.dim() > 1 else None  # positions alone, (T,), tell nothing
         used = [value for value in tensors_in((args, kwargs)) if id(value) in self.names]
         if not used:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():  # under reentrant checkpointing the recomputation is what counts
             self.elsewhere.update(self.names[id(value)] for value in used)
+            self.hidden = True
             return func(*args, **kwargs)
         handler = self.handlers.get(func)
         if handler is not None:
@@ -101,10 +105,12 @@ class Interception(TorchFunctionMode):
         """The tensor without its graph, if it is a parameter or derived from some."""
         return value.detach() if id(value) in self.names else value
 
-    def tap(self, output: Tensor, names: list[str | None], collect: Collect, *saved: Tensor) -> Tensor:
-        """`output` with a tap: `collect(seen, gradient, *saved)` is called in the backward pass, examples first."""
+    def tap(
+        self, output: Tensor, names: list[str | None], collect: Collect, *saved: Tensor, layouts: Sequence[str] = LAYOUTS
+    ) -> Tensor:
+        """`output` with a tap: `collect(book, gradient, *saved)` is called in the backward pass, examples first."""
         key = self._key(*(name for name in names if name))
-        return Tap.apply(output, self.anchor, self, key, collect, *(s.detach() for s in saved))
+        return Tap.apply(output, self.anchor, self, key, collect, layouts, *(s.detach() for s in saved))
 
     def leaf(self, value: Tensor, data: Tensor) -> Tensor:
         """A copy of a parameter for each row of `data`, with a gradient of its own, that broadcasts as the parameter does.
@@ -195,21 +201,29 @@ class Interception(TorchFunctionMode):
         del self.leaves[leaves:]
         self.uses = uses
 
-    def arrived(self, key: Hashable, gradient: Tensor, collect: Collect, *saved: Tensor) -> None:
+    def arrived(self, key: Hashable, gradient: Tensor, collect: Collect, layouts: Sequence[str], *saved: Tensor) -> None:
         assert self.book is not None
         rows = self.book.rows
-        if self.weighted is not None:
-            self.layouts.measure(key, gradient, rows, self.weighted)
+        if self.turn is not None:
+            self.layouts.measure(key, gradient, rows, self.turn, layouts)
             return
+        self.arrivals.add(key)
+        if self.book.norms_only and gradient.dtype.itemsize < 4:
+            raise UnsupportedUse(
+                f"{key[0]} has gradients of {gradient.dtype}: the second pass would round on its own, beyond the clip norm; "  # type: ignore[index]
+                "take BookKeeping or float32."
+            )
         layout = self.layouts.of(key, gradient.shape, rows)
         collect(self.book, *(rows_first(value, rows, layout) for value in (gradient, *saved)))
 
     def _arrived_at_leaf(self, key: Hashable, name: str, shape: torch.Size | None, gradient: Tensor) -> None:
         assert self.book is not None
         rows = self.book.rows
-        if self.weighted is not None:
-            self.layouts.measure(key, gradient.reshape(rows, -1), rows, self.weighted)
-        elif shape is not None:
+        if self.turn is not None:
+            self.layouts.measure(key, gradient.reshape(rows, -1), rows, self.turn, LAYOUTS[:1])
+            return
+        self.arrivals.add(key)
+        if shape is not None:
             self.book.add_rows(name, gradient.reshape(rows, *shape))
         else:  # each row's own part, 0 elsewhere
             parts = gradient.reshape(rows, -1, *gradient.shape[1:])

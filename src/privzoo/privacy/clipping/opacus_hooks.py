@@ -96,6 +96,8 @@ class OpacusHooks:
 
     def _per_unit(self, name: str, parameter: nn.Parameter, units: Tensor, count: int, rows: int) -> Tensor:
         gradient: Any = getattr(parameter, "grad_sample", None)
+        if gradient is None and parameter.grad is not None:
+            raise UnsupportedUse(f"{name}: Opacus gave no per-sample gradient, though it is used.")
         if gradient is None:
             return torch.zeros(count, *parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
         gradient = torch.stack(gradient).sum(0) if isinstance(gradient, list) else gradient  # one of each use

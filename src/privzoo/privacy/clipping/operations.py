@@ -4,6 +4,7 @@ A handler is called as the operation is, with the interception first. It returns
 operation has no data in it. Its `collect` gets the output gradient and the saved activation with the examples first.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.grad import conv2d_weight
 
 from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.interception import Interception
-from privzoo.privacy.clipping.layouts import UnsupportedUse
+from privzoo.privacy.clipping.layouts import LAYOUTS, UnsupportedUse
 
 SMALL = 1 << 19  # numbers: what stays in a processor's cache is sooner copied than looped over
 ELEMENTWISE: set[Any] = {
@@ -76,7 +77,9 @@ def embedding(
     name = seen.name(weight)
     if name is None or max_norm is not None or scale_grad_by_freq or sparse:
         raise UnsupportedUse(f"An embedding with max_norm, scale_grad_by_freq or sparse gradients: {name}.")
-    if input.dim() == 1 or input.shape[0] == 1:
+    if input.dim() == 1:
+        return NotImplemented  # positions (T,), the same for all; one id a row, (R,), comes to the same
+    if input.shape[0] == 1:
         input = seen.one_row_each(input)
     elif seen.rows is not None and input.shape[0] % seen.rows:
         return NotImplemented  # a table of relative positions, (T, T): no example axis
@@ -109,6 +112,7 @@ def layer_norm(
             shift = _wide(gradient).reshape(len(gradient), -1, *shape).sum(1)
         if bias_name:
             book.add_rows(bias_name, shift)
+        book.allow_for(_wide(gradient).reshape(len(gradient), -1, math.prod(shape)), math.sqrt(math.prod(shape)))
 
     return seen.tap(output, [weight_name, bias_name], collect, *([input] if weight_name else []))
 
@@ -141,14 +145,24 @@ def group_norm(
     weight_name, bias_name = seen.name(weight), seen.name(bias)
     output = F.group_norm(input, num_groups, seen.free(weight), seen.free(bias), eps)
 
-    def collect(book: Book, gradient: Tensor, *saved: Tensor) -> None:
-        if weight_name:
-            normalised = F.group_norm(_wide(saved[0]), num_groups, None, None, eps)
-            book.add_rows(weight_name, (_wide(gradient) * normalised).flatten(2).sum(2))
-        if bias_name:
-            book.add_rows(bias_name, _wide(gradient).flatten(2).sum(2))
+    shape = input.shape[1:]
 
-    return seen.tap(output, [weight_name, bias_name], collect, *([input] if weight_name else []))
+    def collect(book: Book, gradient: Tensor, *saved: Tensor) -> None:
+        each = _wide(gradient).reshape(-1, *shape)
+        book.allow_for(each.flatten(2).transpose(1, 2).reshape(len(gradient), -1, shape[0]), math.sqrt(math.prod(shape)))
+        if weight_name:
+            normalised = F.group_norm(_wide(saved[0]).reshape(-1, *shape), num_groups, None, None, eps)
+            book.add_rows(weight_name, _by_channel(each * normalised, len(gradient)))
+        if bias_name:
+            book.add_rows(bias_name, _by_channel(each, len(gradient)))
+
+    kept = [input] if weight_name else []
+    return seen.tap(output, [weight_name, bias_name], collect, *kept, layouts=LAYOUTS[:1])
+
+
+def _by_channel(value: Tensor, rows: int) -> Tensor:
+    """(R * k, C, …) to (R, C)."""
+    return value.flatten(2).sum(2).reshape(rows, -1, value.shape[1]).sum(1)
 
 
 def conv2d(
@@ -162,19 +176,25 @@ def conv2d(
         return NotImplemented
     output = torch.conv2d(input, seen.free(weight), seen.free(bias), stride, padding, dilation, groups)
     window = {"kernel_size": weight.shape[2:], "stride": stride, "padding": padding, "dilation": dilation}
-    size = weight.shape
+    size, shape = weight.shape, input.shape[1:]
 
     def collect(book: Book, gradient: Tensor, *saved: Tensor) -> None:
-        places = gradient.flatten(2).transpose(1, 2)
+        rows = len(gradient)
+        places = gradient.flatten(-2).transpose(-1, -2).reshape(rows, -1, size[0])
         _add_bias(book, bias_name, places)
-        if weight_name and groups == 1:
-            book.add_pair(weight_name, F.unfold(saved[0], **window).transpose(1, 2), places)
-        elif weight_name:
-            rows = zip(saved[0].split(1), gradient.split(1), strict=True)
-            one = [conv2d_weight(x, size, g, stride, padding, dilation, groups) for x, g in rows]
-            book.add_rows(weight_name, torch.stack(one))
+        if not weight_name:
+            return
+        images = saved[0].reshape(-1, *shape)  # k of a row
+        if groups == 1:
+            book.add_pair(weight_name, F.unfold(images, **window).transpose(1, 2).reshape(rows, places.shape[1], -1), places)
+            return
+        maps = gradient.reshape(-1, *gradient.shape[-3:])
+        pairs = zip(images.chunk(rows), maps.chunk(rows), strict=True)
+        one = [conv2d_weight(x, size, g, stride, padding, dilation, groups) for x, g in pairs]
+        book.add_rows(weight_name, torch.stack(one))
 
-    return seen.tap(output, [weight_name, bias_name], collect, *([input] if weight_name else []))
+    kept = [input] if weight_name else []
+    return seen.tap(output, [weight_name, bias_name], collect, *kept, layouts=LAYOUTS[:1])
 
 
 def expand(seen: Interception, value: Tensor, *sizes: Any) -> Any:
@@ -213,7 +233,9 @@ def _looked_into() -> Iterator[None]:
 
 def _add_bias(book: Book, name: str | None, gradient: Tensor) -> None:
     if name:
-        book.add_rows(name, _wide(gradient).reshape(len(gradient), -1, gradient.shape[-1]).sum(1))
+        parts = _wide(gradient).reshape(len(gradient), -1, gradient.shape[-1])
+        book.add_rows(name, parts.sum(1))
+        book.allow_for(parts)
 
 
 def _wide(value: Tensor) -> Tensor:
