@@ -8,6 +8,7 @@ or null, "draws": file or null}. `kill.at` is "<call> <file name>" with call one
 ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
 """
 
+import gc
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import runpy
 import signal
 import sys
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 
@@ -84,6 +85,17 @@ def remember_loss_distributions(folder: Path) -> None:
     accounting._loss_distribution = lru_cache(maxsize=8)(remembered)
 
 
+def remember_toy_rows() -> None:
+    """The toy tasks' rows are the same in every run: they are made once, before children are forked."""
+    from privzoo import toyworld
+
+    for name in ("text_rows", "lm_rows", "image_rows"):
+        remembered = cache(getattr(toyworld, name))
+        setattr(toyworld, name, remembered)
+        for split in ("train", "validation"):
+            remembered(split)
+
+
 def child(request: dict, output: int) -> None:
     os.setsid()
     os.dup2(output, 1)
@@ -116,6 +128,8 @@ def main() -> None:
     import privzoo.run  # noqa: F401
 
     remember_loss_distributions(Path(tempfile.mkdtemp(dir=os.environ["PRIVZOO_CACHE"])))
+    remember_toy_rows()
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

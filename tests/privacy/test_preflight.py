@@ -206,7 +206,7 @@ class BatchFirst(Layouts):
     def measure(self, key, gradient, rows, turn, layouts=()):
         pass
 
-    def conclude(self, weights):
+    def conclude(self, weights, keys):
         pass
 
     def of(self, key, shape, rows):
@@ -272,7 +272,7 @@ def test_a_weight_that_is_not_finite(value):
         check(model)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, Guessing])
 def test_no_example_with_a_finite_gradient(engine):
     """PRIVACY line 9: masking is for a few poisoned rows; if all are, the run would train on noise alone."""
     model = Net(lambda net, x: x * net.broken, broken=nn.Buffer(torch.full((E,), math.nan)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from privzoo.privacy.clipping import BookKeeping, Loop
-from privzoo.privacy.clipping.layouts import UnsupportedUse
+from privzoo.privacy.clipping.layouts import UnsupportedUse, proof_weights
 
 R = T = 4  # as many positions as rows: no shape gives the axis away
 E = 6
@@ -76,3 +76,40 @@ def test_a_poisoned_row_in_the_first_batch():
     found = engine(lambda: model(poisoned).sin().sum(1).square().sum(1), 0.5)
     assert torch.isfinite(found.norms).tolist() == [True, False, True, True]
     same_as_the_loop(engine, model, lambda: model(rows).sin().sum(1).square().sum(1))
+
+
+def test_gradients_that_are_not_finite_prove_nothing():
+    """PRIVACY lines 9 and 33: guessed wrong, one poisoned example would take all others of its batch away."""
+    model = nn.Linear(E, E).double()
+    poisoned = x()
+    poisoned[0] = math.nan
+    with pytest.raises(UnsupportedUse, match="not finite hide where the examples lie"):
+        BookKeeping(model)(lambda: model(poisoned).sin().sum(0).square().sum(1), 0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40, 300])
+def test_any_two_rows_weigh_differently_in_some_turn(rows):
+    """PRIVACY line 33: rows of equal weight could stand in for one another. Powers of two scale without rounding."""
+    weights = torch.stack(proof_weights(rows, torch.device("cpu")))
+    assert weights.shape[1] == rows
+    assert len({tuple(column) for column in weights.t().tolist()}) == rows
+    assert torch.equal(weights.log2().round().exp2(), weights)
+
+
+def test_a_part_that_the_losses_come_to_depend_on():
+    """PRIVACY line 33: what no gradient reached is not proved again every time, but is as soon as one arrives."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(E, E), "idle": nn.Linear(E, E)}).double()
+    engine, passes = BookKeeping(model), []
+
+    def losses(reached):
+        hidden = model["a"](x()).sin()
+        hidden.register_hook(lambda _: passes.append(1))
+        idle = model["idle"](x()).cos()
+        return (hidden + idle if reached else hidden).sum(0).square().sum(1)
+
+    for reached, expected in ((False, 3), (False, 1), (True, 4), (True, 1)):
+        passes.clear()
+        found = engine(lambda reached=reached: losses(reached), 0.5)
+        assert len(passes) == expected
+        torch.testing.assert_close(found.norms, Loop(model)(lambda reached=reached: losses(reached), 0.5).norms)

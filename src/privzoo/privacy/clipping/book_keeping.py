@@ -105,12 +105,13 @@ def gradients(
 
 def _collect(seen: Interception, losses: Tensor, fresh_book: Callable[[], Book]) -> None:
     """The backward pass, after a proof of where the examples lie if that is not known yet; one row needs none."""
-    proved, several = seen.layouts.proved, len(losses) > 1
-    proving = several and not seen.keys <= proved.keys()
+    proved, unreached, several = seen.layouts.proved, seen.layouts.unreached, len(losses) > 1
+    proving = several and not seen.keys <= proved.keys() | unreached
     if proving:
         _prove(seen, losses)
-    seen.run_backward(losses, torch.ones_like(losses), keep_graph=seen.hidden)
-    if several and seen.hidden and not proving and not seen.arrivals <= proved.keys():
+    uncertain = several and not proving and (seen.hidden or not seen.keys <= proved.keys())
+    seen.run_backward(losses, torch.ones_like(losses), keep_graph=uncertain)
+    if uncertain and not seen.arrivals <= proved.keys():
         _prove(seen, losses)
         seen.book = fresh_book()
         seen.run_backward(losses, torch.ones_like(losses), keep_graph=False)
@@ -122,7 +123,7 @@ def _prove(seen: Interception, losses: Tensor) -> None:
     for seen.turn, each in enumerate([torch.ones_like(weights[0]), *weights]):
         seen.run_backward(losses, each, keep_graph=True)
     seen.turn = None
-    seen.layouts.conclude(weights)
+    seen.layouts.conclude(weights, seen.keys)
 
 
 def _pull_back(seen: Interception, book: Book, parameters: dict[str, nn.Parameter]) -> None:

@@ -5,7 +5,7 @@ backward passes, with weights and without, show it for every tensor that carries
 are mixed.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Layouts:
 
     def __init__(self) -> None:
         self.proved: dict[Hashable, str] = {}
+        self.unreached: set[Hashable] = set()  # the losses did not depend on them
         self._plain: dict[tuple[Hashable, str], Tensor] = {}
         self._weighted: list[dict[tuple[Hashable, str], Tensor]] = []
         self._precision: dict[Hashable, torch.dtype] = {}
@@ -86,9 +87,11 @@ class Layouts:
                 parts = rows_first(gradient, rows, layout).reshape(rows, -1)
                 noted[key, layout] = parts.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(1)
 
-    def conclude(self, weights: Sequence[Tensor]) -> None:
+    def conclude(self, weights: Sequence[Tensor], keys: Set[Hashable]) -> None:
         """Keep the layouts in which every example's part scaled with its own weight.
 
+        Args:
+            keys: what a gradient may arrive at.
         Raises:
             UnsupportedUse: naming a parameter at which no layout does, or at which non-finite gradients hide it.
         """
@@ -110,6 +113,7 @@ class Layouts:
                 self.proved[key] = best
             elif not bool(torch.isfinite(self._plain[key, best]).all()):
                 raise UnsupportedUse(f"{_name(key)}: gradients that are not finite hide where the examples lie.")
+        self.unreached |= keys - self._precision.keys()
         self._plain, self._weighted, self._precision = {}, [], {}
 
     def _scales(self, at: tuple[Hashable, str], weights: Sequence[Tensor], tolerance: float, noise: float) -> bool:
