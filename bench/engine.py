@@ -46,6 +46,7 @@ class Row:
 
 ROWS = [
     Row("roberta_base", "full", 8, 128),
+    Row("roberta_base", "full", 16, 128),
     Row("gpt2", "full", 8, 128),
     Row("gpt2", "full", 2, 512),
     Row("roberta_base", "full", 2, 512),
