@@ -202,6 +202,7 @@ class Interception(TorchFunctionMode):
         self.uses = uses
 
     def arrived(self, key: Hashable, gradient: Tensor, collect: Collect, layouts: Sequence[str], *saved: Tensor) -> None:
+        """An output gradient has come to a tap: measured in a proof, else read by what was proved and collected."""
         assert self.book is not None
         rows = self.book.rows
         if self.turn is not None:

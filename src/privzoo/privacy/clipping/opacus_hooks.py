@@ -58,7 +58,7 @@ class OpacusHooks:
         finally:
             self._take_off(parameters)
         with torch.no_grad():
-            squares = [g.flatten(1).square().sum(1) for g in found.values()]
+            squares = [g.reshape(count, -1).square().sum(1) for g in found.values()]
             norms = torch.stack(squares).sum(0).sqrt()
             factors = clip_factors(norms, clip_norm)
             sums = {} if into is None else into

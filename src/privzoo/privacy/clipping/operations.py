@@ -31,6 +31,7 @@ ELEMENTWISE: set[Any] = {
 
 
 def linear(seen: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """input @ weight^T + bias."""
     if seen.name(input):
         return NotImplemented
     weight_name, bias_name = seen.name(weight), seen.name(bias)
@@ -57,6 +58,7 @@ def matrix_product(seen: Interception, input: Tensor, other: Tensor) -> Any:
 
 
 def addmm(seen: Interception, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
+    """bias + input @ weight, with the weight (d, p): a Conv1D of transformers."""
     weight_name, bias_name = seen.name(weight), seen.name(bias)
     if seen.name(input) or scales or bias.dim() != 1:
         return NotImplemented
@@ -74,6 +76,7 @@ def embedding(
     seen: Interception, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Any:  # fmt: skip
+    """A look-up: one-hot rows times a table; `padding_idx` gets no gradient."""
     name = seen.name(weight)
     if name is None or max_norm is not None or scale_grad_by_freq or sparse:
         raise UnsupportedUse(f"An embedding with max_norm, scale_grad_by_freq or sparse gradients: {name}.")
@@ -98,6 +101,7 @@ def layer_norm(
     seen: Interception, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
+    """Layer norm with scale and shift."""
     if seen.name(input):
         return NotImplemented
     weight_name, bias_name = seen.name(weight), seen.name(bias)
@@ -140,6 +144,7 @@ def group_norm(
     seen: Interception, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
+    """Group norm of (R * k, C, …) with scale and shift by channel."""
     if seen.name(input):
         return NotImplemented
     weight_name, bias_name = seen.name(weight), seen.name(bias)
@@ -169,6 +174,7 @@ def conv2d(
     seen: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
+    """Convolution of (R * k, C, H, W); without groups, a linear layer on the windows."""
     weight_name, bias_name = seen.name(weight), seen.name(bias)
     if isinstance(padding, str):
         raise UnsupportedUse(f"conv2d with padding={padding!r} on {weight_name or bias_name}: give it as a number.")
