@@ -12,7 +12,7 @@ import pytest
 
 # 8 releases with checkpoints after 3, 6 and 8.
 SMALL = [
-    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=400", "microbatch_size=200", "epochs=0.4",
+    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=200", "microbatch_size=100", "epochs=0.2",
     "trainer.checkpoint_every=3", "trainer.validate_every=4", "trainer.progress=false", "trainer.accelerator=cpu",
 ]  # fmt: skip
 SEEDED = [*SMALL, "privacy.noise_seed=7"]
@@ -177,7 +177,7 @@ def interrupted(privzoo, tmp_path, number: int) -> tuple[int, str]:
     sender = threading.Thread(target=send)
     sender.start()
     slow = [item for item in SEEDED if not item.startswith("microbatch")]
-    answer = privzoo(*slow, "microbatch_size=4", f"output_dir={tmp_path}/runs", started=str(started))
+    answer = privzoo(*slow, "microbatch_size=8", f"output_dir={tmp_path}/runs", started=str(started))
     sender.join()
     return answer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ["epochs=0.3", "batch_size=400", "microbatch_size=200", "trainer.accelerator=cpu", "trainer.validate_every=3"]
+QUICK = ["epochs=0.15", "batch_size=200", "microbatch_size=100", "trainer.accelerator=cpu", "trainer.validate_every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_steps_are_releases_are_ledger_lines(finished):
     record, card = read(run, "result.json"), read(run, "privacy.json")
     lines = (run / "ledger.jsonl").read_text().splitlines()
     assert record["steps"] == record["steps_planned"] == len(lines) == card["releases_charged"] == 6
-    assert record["steps"] == math.ceil(0.3 * record["num_examples"] / 400)
+    assert record["steps"] == math.ceil(0.15 * record["num_examples"] / 200)
     assert record["state"] == "finished"
 
 

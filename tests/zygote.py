@@ -9,6 +9,7 @@ ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negativ
 """
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import runpy
 import signal
 import sys
 import tempfile
-from functools import cache, lru_cache
+from functools import cache, wraps
 from pathlib import Path
 
 
@@ -68,21 +69,26 @@ def record_draws(file: str) -> None:
     PoissonDraws.__call__ = recorded
 
 
-def remember_loss_distributions(folder: Path) -> None:
-    """Loss distributions are pure functions of public numbers, and what a run waits for longest: children share them."""
+def remember_epsilons(folder: Path) -> None:
+    """Epsilons are pure functions of public numbers, and what a small run waits for longest: children share them."""
     from privzoo.privacy import accounting
 
-    made = accounting._loss_distribution.__wrapped__
+    for name in ("epsilon_spent", "cross_check"):
+        setattr(accounting, name, remembered(getattr(accounting, name), folder))
 
-    def remembered(release, grid):
-        file = folder / f"{release.sample_rate}-{release.noise_multiplier}-{grid}.pickle"
+
+def remembered(function, folder: Path):
+    @wraps(function)
+    def asked(*args, **kwargs):
+        question = f"{function.__name__} {args} {kwargs}"
+        file = folder / hashlib.sha256(question.encode()).hexdigest()
         if not file.exists():
             new = file.with_suffix(f".{os.getpid()}")
-            new.write_bytes(pickle.dumps(made(release, grid)))
+            new.write_bytes(pickle.dumps(function(*args, **kwargs)))
             new.rename(file)
         return pickle.loads(file.read_bytes())
 
-    accounting._loss_distribution = lru_cache(maxsize=8)(remembered)
+    return asked
 
 
 def remember_toy_rows() -> None:
@@ -90,10 +96,10 @@ def remember_toy_rows() -> None:
     from privzoo import toyworld
 
     for name in ("text_rows", "lm_rows", "image_rows"):
-        remembered = cache(getattr(toyworld, name))
-        setattr(toyworld, name, remembered)
+        made_once = cache(getattr(toyworld, name))
+        setattr(toyworld, name, made_once)
         for split in ("train", "validation"):
-            remembered(split)
+            made_once(split)
 
 
 def child(request: dict, output: int) -> None:
@@ -125,9 +131,9 @@ def main() -> None:
     import opacus.accountants  # noqa: F401
     import transformers  # noqa: F401
 
+    remember_epsilons(Path(tempfile.mkdtemp(dir=os.environ["PRIVZOO_CACHE"])))  # before others import them by name
     import privzoo.run  # noqa: F401
 
-    remember_loss_distributions(Path(tempfile.mkdtemp(dir=os.environ["PRIVZOO_CACHE"])))
     remember_toy_rows()
     gc.freeze()
     print("ready", flush=True)

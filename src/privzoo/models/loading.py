@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from privzoo.errors import UserError
+from privzoo.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig
 
 EMBEDDED = ("tiny_encoder", "tiny_lm", "tiny_vit")
 _TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -61,6 +62,7 @@ def load(
     dtype: str = "float32",
     dropout: float = 0.0,
     seed: int = 0,
+    pooling: str | None = None,
 ) -> LoadedModel:
     """A pretrained model for a kind of task.
 
@@ -76,6 +78,9 @@ def load(
         dtype: name of a floating type of torch; what the file holds is converted.
         dropout: probability in [0, 1) that every dropout of the model gets.
         seed: of the new head.
+        pooling: "mean" puts a linear head on the mean of the last hidden states, for encoders that were trained to embed
+            a sentence by it; None takes the architecture's own head (for BERT, one on the first token). For
+            "sequence_classification" only.
     Raises:
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
@@ -84,18 +89,23 @@ def load(
     float_type = _float_type(dtype)
     if not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
+    if pooling not in (None, "mean"):
+        raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
     source, cached_only = _locate(path)
     options = {"local_files_only": cached_only, "trust_remote_code": False}
     with _quiet_transformers(), _explained(path):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_kind(path, config, kind, architectures)
+        pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
+        if pooled:
+            _check_can_be_pooled(path, config, kind)
         _set_dropout(config, dropout)
         if num_labels is not None and kind != "causal_lm":
             config.num_labels = num_labels
         processor = _processor(source, kind, config, options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, report = auto_class.from_pretrained(
+            model, report = (transformers.AutoModel if pooled else auto_class).from_pretrained(
                 source,
                 config=config,
                 dtype=float_type,
@@ -103,7 +113,10 @@ def load(
                 output_loading_info=True,
                 **options,
             )
-    new_head = _new_head(path, model, report)
+            new_head = _new_head(path, model, report, whole=not pooled)
+            if pooled:
+                model = MeanPoolingClassifier.around(model, config.num_labels)
+                new_head = ("classifier.weight", "classifier.bias")
     if kind != "image_classification":
         _check_vocabulary(path, processor, model)
     return LoadedModel(model.eval(), processor, new_head)
@@ -205,7 +218,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: dict) -> None:
     wanted = kind.replace("_", " ")
-    if config.model_type not in architectures:
+    own = isinstance(config, MeanPoolingConfig) and kind == "sequence_classification"
+    if config.model_type not in architectures and not own:
         raise UserError(
             f"Model {path!r} is of type {config.model_type!r}, which cannot do {wanted}: choose another model= or"
             " model.path=, or another task=."
@@ -216,6 +230,14 @@ def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: d
         raise UserError(
             f"Model {path!r} is an encoder ({config.model_type}), which sees the words it would have to predict:"
             " choose a causal language model for this task, such as model=tiny_lm or model=gpt2."
+        )
+
+
+def _check_can_be_pooled(path: str, config: PretrainedConfig, kind: str) -> None:
+    if kind != "sequence_classification" or config.is_encoder_decoder:
+        what = "an encoder-decoder" if config.is_encoder_decoder else f"for {kind.replace('_', ' ')}"
+        raise UserError(
+            f"model.pooling=mean makes a classifier of an encoder, but {path!r} is {what}: set model.pooling=null."
         )
 
 
@@ -246,13 +268,16 @@ def _processor(source: str, kind: str, config: PretrainedConfig, options: dict) 
     return tokenizer
 
 
-def _new_head(path: str, model: transformers.PreTrainedModel, report: dict) -> tuple[str, ...]:
-    """Parameters that were drawn afresh, in the model's order; a fresh one in the body is a damaged checkpoint."""
+def _new_head(path: str, model: transformers.PreTrainedModel, report: dict, whole: bool) -> tuple[str, ...]:
+    """Parameters that were drawn afresh, in the model's order; a fresh one in the body is a damaged checkpoint.
+
+    `model` is the whole model, head and body, or the body alone.
+    """
     fresh = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
     names = tuple(name for name, _ in model.named_parameters() if name in fresh)
-    body = f"{model.base_model_prefix}."
+    body = f"{model.base_model_prefix}." if whole else ""
     # Checkpoints pretrained without a sentence-level task have no pooler; it is part of a classifier's head.
-    lost = [name for name in names if name.startswith(body) and ".pooler." not in name]
+    lost = [name for name in names if name.startswith(body) and "pooler." not in name]
     if lost:
         raise UserError(
             f"Model {path!r} lacks {len(lost)} weights of its body or holds them in another shape, for example"

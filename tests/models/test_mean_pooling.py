@@ -1,0 +1,126 @@
+"""Mean pooling: the head is what it says, saves and loads as any model, and is refused where it makes no sense."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from privzoo.errors import UserError
+from privzoo.models.loading import load
+from privzoo.privacy.clipping import BookKeeping, Loop
+
+IDS = torch.tensor([[2, 9, 12, 7, 3], [2, 8, 3, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+def pooled(**options):
+    return load("tiny_encoder", "sequence_classification", 3, pooling="mean", **options)
+
+
+def test_the_head_is_linear_in_the_mean_of_the_real_tokens() -> None:
+    loaded = pooled()
+    assert loaded.new_head == ("classifier.weight", "classifier.bias")
+    body = transformers.AutoModel.from_pretrained(
+        Path(sys.modules["privzoo.models.loading"].__file__).parent / "tiny/tiny_encoder"
+    )
+    with torch.no_grad():
+        found = loaded.model(input_ids=IDS, attention_mask=MASK).logits
+        for row, length in enumerate((5, 3)):
+            alone = body.eval()(input_ids=IDS[row : row + 1, :length]).last_hidden_state[0].mean(0)
+            expected = loaded.model.classifier.weight @ alone + loaded.model.classifier.bias
+            torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+    assert not [name for name, _ in loaded.model.named_parameters() if "pooler" in name], "trained for nothing"
+    assert 0.015 < loaded.model.classifier.weight.std() < 0.025  # BERT's initializer_range
+
+
+def test_the_head_hangs_on_the_seed_only() -> None:
+    heads = [pooled(seed=seed).model.classifier.weight for seed in (3, 3, 4)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_settings_reach_the_encoder() -> None:
+    model = pooled(dropout=0.25, dtype="bfloat16").model
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_saved_and_loaded_it_says_the_same(tmp_path: Path) -> None:
+    """By privzoo without being told, and by transformers alone, which asks leave to run the code in the folder."""
+    loaded = pooled()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    again = load(str(tmp_path), "sequence_classification", 3)
+    assert again.new_head == ()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    with torch.no_grad():
+        expected = loaded.model(**inputs).logits
+        assert torch.equal(again.model(**inputs).logits, expected)
+    assert load(str(tmp_path), "sequence_classification", 2).new_head == ("classifier.weight", "classifier.bias")
+
+    code = (
+        "import sys, torch; sys.modules['privzoo'] = None\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "try: Auto.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
+        "except ValueError: pass\n"
+        "else: sys.exit('loaded as something else')\n"
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        f"ids, mask = torch.tensor({IDS.tolist()}), torch.tensor({MASK.tolist()})\n"
+        "print(model(input_ids=ids, attention_mask=mask).logits.tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=tmp_path,
+                          env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(eval(done.stdout)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_its_clipped_sums_are_those_of_the_definition() -> None:
+    model = pooled().model.double()
+    labels = torch.tensor([0, 2])
+
+    def losses(rows=slice(None)):
+        logits = model(input_ids=IDS[rows], attention_mask=MASK[rows]).logits
+        return torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+
+    found, expected = BookKeeping(model)(losses, clip_norm=0.1), Loop(model)(losses, clip_norm=0.1)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-9, atol=0)
+    assert set(found.sums) == set(expected.sums)
+    for name, total in expected.sums.items():
+        torch.testing.assert_close(found.sums[name], total, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "kind", "name", "words"),
+    [
+        ("max", "sequence_classification", "tiny_encoder", "expected model.pooling=mean or null"),
+        ("mean", "causal_lm", "tiny_lm", "set model.pooling=null"),
+        ("mean", "image_classification", "tiny_vit", "set model.pooling=null"),
+    ],
+)
+def test_refused_where_it_makes_no_sense(pooling: str, kind: str, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(name, kind, 2, pooling=pooling)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    transformers.T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is an encoder-decoder"):
+        load(str(tmp_path), "sequence_classification", 2, pooling="mean")
+
+
+def test_a_damaged_body_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = load("tiny_encoder", "sequence_classification", 2)
+    model.model.bert.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "layer.1" in name)
+    save_file(
+        {name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks 1 weights of its body"):
+        load(str(tmp_path), "sequence_classification", 2, pooling="mean")
