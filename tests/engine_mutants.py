@@ -5,7 +5,7 @@ PLAIN, TRANSFORMERS = f"{CLIPPING}book_keeping.py::test_", f"{CLIPPING}book_keep
 ENGINE, SENSITIVITY = f"{CLIPPING}engine.py::test_", f"{CLIPPING}sensitivity.py::test_"
 REFUSALS, PREFLIGHT = f"{CLIPPING}refusals.py::test_", "tests/privacy/test_preflight.py::test_"
 TABLE, CHECKPOINTING = f"{CLIPPING}equality_table.py::test_", f"{CLIPPING}checkpointing.py::test_"
-ATTACKS = f"{CLIPPING}attacks.py::test_"
+ATTACKS, GROUPED = f"{CLIPPING}attacks.py::test_", f"{CLIPPING}grouped.py::test_"
 LAYOUTS, TWO_PASS, OPACUS = (f"{CLIPPING}{name}.py::test_" for name in ("layouts", "ghost_two_pass", "opacus_hooks"))
 FIRST_ORDER, TWIN = "tests/methods/test_first_order.py::test_", "tests/methods/test_twin.py::test_"
 TRAINABLE = "tests/methods/test_trainable.py::test_"
@@ -13,10 +13,10 @@ ROWS, UNITS = PLAIN + "equals_the_loop[rows-", PLAIN + "equals_the_loop[units-"
 LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_the_loop["
 
 (ENGINE_PY, LOOP_PY, BOOK_KEEPING_PY, INTERCEPTION_PY, OPERATIONS_PY, GRADIENTS_PY, GRAM_PY, LAYOUTS_PY, TWO_PASS_PY,
- OPACUS_PY) = (
+ OPACUS_PY, GROUPED_PY) = (
     f"privacy/clipping/{name}.py" for name in (
         "engine", "loop", "book_keeping", "interception", "operations", "gradients", "gram", "layouts", "ghost_two_pass",
-        "opacus_hooks",
+        "opacus_hooks", "grouped",
     )
 )  # fmt: skip
 PREFLIGHT_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
@@ -345,10 +345,30 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "biases_trains_biases_and_head_and_nothing_else",)),
     ("the new head stays as drawn", "16", TRAINABLE_PY, "name in chosen or name in new_head", "name in chosen",
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
+    ("the head's rate for everything", "24", FIRST_ORDER_PY, "highest = [self.lr, self.lr * self",
+     "highest = 2 * [self.lr * self", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
     ("a head alone is trained without a word", "16", TRAINABLE_PY, "if not chosen - set(new_head):", "if not chosen:",
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 
+GROUPED_MUTANTS = [
+    ("each layer clipped to the whole norm", "5", GROUPED_PY, "clip_norm / math.sqrt(max(1, len(set(of.values()))))",
+     "clip_norm", (GROUPED + "by_hand[BookKeeping]", GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]")),
+    ("each parameter a group of its own, with a layer's share", "5", GROUPED_PY, "Grouping(of, clip_norm /",
+     "Grouping({name: name for name in of}, clip_norm /", (GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]",)),
+    ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, "grouping(parameters, self.groups, clip_norm)",
+     "grouping(list(parameters)[:2], self.groups, clip_norm)", (GROUPED + "groups_hang_on_the_model_alone",)),
+    ("a group is clipped before it is complete", "5 15", GROUPED_PY, "if group in self.early and not self.missing[group]",
+     "if group in self.early", (GROUPED + "equals_the_loop[rows-layer norm]",)),
+    ("a tied table is clipped after its first use", "14", GROUPED_PY, "if names <= set(once)}", "if names}",
+     (GROUPED + "equals_the_loop[rows-embedding and head tied]",)),
+    ("clipped for good before it is proved", "13", BOOK_KEEPING_PY, "seen.book = fresh_book(not uncertain)",
+     "seen.book = fresh_book(True)", (GROUPED + "a_use_that_is_reached_later",)),
+    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, 'getattr(engine, "groups", "all")', '"all"',
+     (PREFLIGHT + "group_wise_clipping_passes",)),
+]  # fmt: skip
+
 ENGINE_MUTANTS = [
     *CLIP_MUTANTS, *NORM_MUTANTS, *OPERATION_MUTANTS, *SIGHT_MUTANTS, *PEER_MUTANTS, *PREFLIGHT_MUTANTS, *METHOD_MUTANTS,
+    *GROUPED_MUTANTS,
 ]  # fmt: skip

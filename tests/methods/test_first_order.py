@@ -191,9 +191,31 @@ def test_learning_rate_that_the_optimizer_gets(make_run, plans):
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
+def test_the_head_learns_at_a_rate_of_its_own(make_run, plans):
+    """SGD without noise, so that a step is lr times the gradient: the head's is ten times as long, the body's the same;
+    both follow the schedule."""
+    moved = {}
+    for factor in (1.0, 10.0):
+        run = make_run(plans(batch_size=20, private=False), optimizer=SGD, lr=1e-6, head_lr_factor=factor)
+        before = {name: p.detach().clone() for name, p in run.method.trainable.items()}
+        run.fit()
+        moved[factor] = {name: value - before[name] for name, value in run.recorder.weights[1].items()}
+        assert [group["lr"] for group in run.method.optimizers().param_groups] == [0.0, 0.0]
+    for name, value in moved[1.0].items():
+        times = 10 if name.startswith("classifier") else 1
+        torch.testing.assert_close(moved[10.0][name], times * value, rtol=1e-3, atol=1e-12)
+
+
+def test_a_model_without_a_new_head_has_one_rate(make_run, plans):
+    run = make_run(plans(private=False), new_head=(), head_lr_factor=10.0, lr=0.5, optimizer=SGD)
+    assert [group["lr"] for group in run.method.configure_optimizers()["optimizer"].param_groups] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"head_lr_factor": 0.0}, "head_lr_factor=0.0 to be a number above 0"),
+        ({"head_lr_factor": math.inf}, "head_lr_factor=inf to be a number above 0"),
         ({"schedule": "cosine"}, "schedule=cosine to be linear or constant"),
         ({"warmup": 1.0}, r"0 <= method\.warmup=1\.0 < 1"),
         ({"warmup": -0.1}, r"0 <= method\.warmup=-0\.1 < 1"),

@@ -65,6 +65,12 @@ def test_a_right_model_passes_and_is_left_as_it_was(name, dtype, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_group_wise_clipping_passes(engine):
+    """PRIVACY line 33: it is held against group-wise clipping by definition; flat clipping gives other sums."""
+    check(Net(), partial(engine, groups="layer"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("number", [1, 2])
 def test_fewer_rows_than_are_compared(number, engine):
     check(Net(), engine, ROWS[:number])

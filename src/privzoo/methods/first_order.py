@@ -45,6 +45,7 @@ class FirstOrder(LightningModule):
         lr: learning rate at its highest.
         schedule: "linear" (to 0 at the plan's last release) or "constant".
         warmup: part of the releases over which lr rises from 0.
+        head_lr_factor: the new head learns at so many times `lr`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FirstOrder(LightningModule):
         lr: float,
         schedule: str = "linear",
         warmup: float = 0.0,
+        head_lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -67,6 +69,8 @@ class FirstOrder(LightningModule):
             raise UserError(f"Expected method.schedule={schedule} to be linear or constant.")
         if not 0 <= warmup < 1:
             raise UserError(f"Expected 0 <= method.warmup={warmup} < 1.")
+        if not 0 < head_lr_factor < math.inf:
+            raise UserError(f"Expected method.head_lr_factor={head_lr_factor} to be a number above 0.")
         self.model = model
         self.task = task
         self.mechanism = mechanism
@@ -74,6 +78,7 @@ class FirstOrder(LightningModule):
         self.engine = engine(model)
         self.make_optimizer = optimizer
         self.lr, self.schedule, self.warmup = lr, schedule, warmup
+        self.new_head, self.head_lr_factor = tuple(new_head), head_lr_factor
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.stop_requested = False
@@ -135,7 +140,10 @@ class FirstOrder(LightningModule):
     # ---- Lightning
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(list(self.trainable.values()), lr=self.lr)
+        body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
+        head = [self.trainable[name] for name in self.new_head]
+        groups = [{"params": body, "lr": self.lr}, {"params": head, "lr": self.lr * self.head_lr_factor}]
+        optimizer = self.make_optimizer([group for group in groups if group["params"]], lr=self.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -154,9 +162,10 @@ class FirstOrder(LightningModule):
     def _take_over_lr(self) -> None:
         """A resumed run may have another lr; the optimizer's state brought the old one along."""
         schedule, optimizer = self.lr_schedulers(), self.optimizers()
-        schedule.base_lrs = [self.lr for _ in schedule.base_lrs]  # type: ignore[union-attr]
-        for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["initial_lr"], group["lr"] = self.lr, self.lr * self.lr_factor(self.global_step)
+        highest = [self.lr, self.lr * self.head_lr_factor]
+        schedule.base_lrs = highest[: len(schedule.base_lrs)]  # type: ignore[union-attr]
+        for group, lr in zip(optimizer.param_groups, highest, strict=False):  # type: ignore[union-attr]
+            group["initial_lr"], group["lr"] = lr, lr * self.lr_factor(self.global_step)
 
     def transfer_batch_to_device(self, batch: LogicalBatch, device: torch.device, dataloader_idx: int) -> LogicalBatch:
         return batch  # micro-batches move one at a time, in query

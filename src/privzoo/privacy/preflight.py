@@ -95,7 +95,7 @@ def _compare_with_loop(
     found = engine(lambda: losses(collate(together)), clip_norm=clip_norm)
     if len(found.losses) != len(together):
         raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found {len(found.losses)}.")
-    loop, sums, alone = Loop(model), None, []
+    loop, sums, alone = Loop(model, getattr(engine, "groups", "all")), None, []
     for row in together:
         alone.append(loop(lambda row=row: losses(collate([row])), clip_norm=clip_norm, into=sums))  # type: ignore[misc]
         sums = alone[-1].sums

@@ -18,6 +18,7 @@ from privzoo.privacy.clipping.engine import (
     trainable_parameters,
 )
 from privzoo.privacy.clipping.gradients import Book
+from privzoo.privacy.clipping.grouped import GroupedBook, Grouping, checked_groups, grouping
 from privzoo.privacy.clipping.interception import Interception
 from privzoo.privacy.clipping.layouts import Layouts, UnsupportedUse, proof_weights
 from privzoo.privacy.clipping.operations import ELEMENTWISE, HANDLERS
@@ -32,10 +33,13 @@ class BookKeeping:
     Args:
         model: its trainable parameters may be used in the operations of `operations.HANDLERS`, elementwise with data, and in
             any expression of parameters alone; several times, tied, and under gradient checkpointing of both kinds.
+        groups: "all" clips the gradient as one; "layer" each module's part on its own (see `grouped`), which keeps nothing
+            until the backward pass is over.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: str = "all") -> None:
         self.model = model
+        self.groups = checked_groups(groups)
         self.layouts = Layouts()
 
     def __call__(
@@ -52,10 +56,14 @@ class BookKeeping:
         """
         parameters = trainable_parameters(self.model)
         sums = {} if into is None else into
-        losses, book = gradients(parameters, self.layouts, forward, unit_of_row)
+        groups = None if self.groups == "all" else grouping(parameters, self.groups, clip_norm)
+        losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-            norms = book.squared_norms().sqrt()
-            book.add_clipped(sums, clip_factors(norms, clip_norm))
+            if isinstance(book, GroupedBook):
+                norms = book.finish()
+            else:
+                norms = book.squared_norms().sqrt()
+                book.add_clipped(sums, clip_factors(norms, clip_norm))
         for name, parameter in parameters.items():
             if name not in sums:
                 sums[name] = torch.zeros_like(parameter, dtype=sum_dtype(parameter))
@@ -68,12 +76,14 @@ def gradients(
     forward: Forward,
     unit_of_row: Tensor | None,
     norms_only: bool = False,
-) -> tuple[Tensor, Book]:
+    groups: Grouping | None = None,
+    sums: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Book | GroupedBook]:
     """Run `forward` and a backward pass; returns the losses (R,), detached, and the book of all gradients.
 
     Args:
         norms_only: the book is for `squared_norms` alone, and forgets what it has measured.
-
+        groups: each is clipped as it arrives, and added to `sums`.
     Raises:
         UnsupportedUse: if a trainable parameter is used in a way that is not known here.
     """
@@ -90,10 +100,16 @@ def gradients(
         shapes = {n: (p.shape, sum_dtype(p)) for n, p in (*parameters.items(), *seen.derived.items())}
         units = units if unit_of_row is not None else None
 
-        def fresh_book() -> Book:
+        def part() -> Book:
             return Book(shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
 
-        seen.book = fresh_book()
+        def fresh_book(for_good: bool) -> Book | GroupedBook:
+            if groups is None or sums is None:
+                return part()
+            used = (seen.uses.keys() | seen.elsewhere) & parameters.keys()
+            return GroupedBook(part, groups, sums, used, seen.used_once() if for_good else ())
+
+        seen.book = fresh_book(for_good=False)
         if losses.requires_grad:
             _collect(seen, losses, fresh_book)
         unseen = [name for name, parameter in parameters.items() if parameter.grad is not None]
@@ -103,17 +119,18 @@ def gradients(
     return losses.detach(), seen.book
 
 
-def _collect(seen: Interception, losses: Tensor, fresh_book: Callable[[], Book]) -> None:
+def _collect(seen: Interception, losses: Tensor, fresh_book: Callable[[bool], Book | GroupedBook]) -> None:
     """The backward pass, after a proof of where the examples lie if that is not known yet; one row needs none."""
     proved, unreached, several = seen.layouts.proved, seen.layouts.unreached, len(losses) > 1
     proving = several and not seen.keys <= proved.keys() | unreached
     if proving:
         _prove(seen, losses)
     uncertain = several and not proving and (seen.hidden or not seen.keys <= proved.keys())
+    seen.book = fresh_book(not uncertain)  # what is clipped at once cannot be taken back
     seen.run_backward(losses, torch.ones_like(losses), keep_graph=uncertain)
     if uncertain and not seen.arrivals <= proved.keys():
         _prove(seen, losses)
-        seen.book = fresh_book()
+        seen.book = fresh_book(True)
         seen.run_backward(losses, torch.ones_like(losses), keep_graph=False)
 
 
@@ -126,7 +143,7 @@ def _prove(seen: Interception, losses: Tensor) -> None:
     seen.layouts.conclude(weights, seen.keys)
 
 
-def _pull_back(seen: Interception, book: Book, parameters: dict[str, nn.Parameter]) -> None:
+def _pull_back(seen: Interception, book: Book | GroupedBook, parameters: dict[str, nn.Parameter]) -> None:
     """Per-unit gradients of derived parameters, brought back to the parameters that they were made of."""
     for name, value in seen.derived.items():
         arrived = book.take(name)

@@ -19,6 +19,7 @@ from privzoo.privacy.clipping.engine import (
     sum_dtype,
     trainable_parameters,
 )
+from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.layouts import Layouts
 
 
@@ -54,6 +55,7 @@ class GhostTwoPass:
         device = next(iter(parameters.values())).device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         losses, book = gradients(parameters, self.layouts, forward, unit_of_row, norms_only=True)
+        assert isinstance(book, Book)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             norms = book.squared_norms().sqrt()
         del book

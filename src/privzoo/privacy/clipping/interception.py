@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from privzoo.privacy.clipping.gradients import Book
+from privzoo.privacy.clipping.grouped import GroupedBook
 from privzoo.privacy.clipping.layouts import LAYOUTS, Layouts, UnsupportedUse, rows_first
 
 Collect = Callable[..., None]
@@ -67,7 +68,7 @@ class Interception(TorchFunctionMode):
         self.keys: set[Hashable] = set()
         self.rows: int | None = None  # of the first operation on data; checked against the losses
         self.needs_rows = False
-        self.book: Book | None = None
+        self.book: Book | GroupedBook | None = None
         self.turn: int | None = None  # of a proof, see Layouts.measure; None: gradients are collected
         self.hidden = False  # uses under reentrant checkpointing, which the backward pass shows first
         self.arrivals: set[Hashable] = set()

@@ -1,5 +1,7 @@
 """The definition: one backward pass per unit. Slow, plain, and the oracle of every other engine."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from privzoo.privacy.clipping.engine import (
     trainable_parameters,
     zero_sums,
 )
+from privzoo.privacy.clipping.grouped import checked_groups, grouping
 
 
 class Loop:
@@ -21,10 +24,12 @@ class Loop:
 
     Args:
         model: only its trainable parameters are looked at.
+        groups: "all", or "layer": each module's part of a gradient is clipped on its own (see `grouped`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: str = "all") -> None:
         self.model = model
+        self.groups = checked_groups(groups)
 
     def __call__(
         self,
@@ -52,13 +57,16 @@ class Loop:
             losses = forward()
         units, count = checked_units(losses, unit_of_row)
         norms = losses.new_zeros(count, dtype=torch.promote_types(losses.dtype, torch.float32))
+        groups = grouping(parameters, self.groups, clip_norm)
         for unit in range(count):
             gradients = self._gradients(parameters, losses[units == unit].sum())
-            norms[unit] = torch.sqrt(sum((g.double().square().sum() for g in gradients.values()), torch.zeros(())))
-            factor = clip_factors(norms[unit : unit + 1], clip_norm)
-            if factor.item() > 0:
-                for name, gradient in gradients.items():
-                    sums[name].add_(gradient * factor[0])
+            norms[unit] = _norm(gradients.values())
+            for group in set(groups.of.values()):
+                part = {name: gradient for name, gradient in gradients.items() if groups.of[name] == group}
+                factor = clip_factors(_norm(part.values()).to(norms.dtype).view(1), groups.clip_norm)
+                if factor.item() > 0:
+                    for name, gradient in part.items():
+                        sums[name].add_(gradient * factor[0])
         if int((~torch.isfinite(norms)).sum()) > 1:
             raise UserError("Loop cannot tell a non-finite example from its neighbours: take microbatch_size=1.")
         return ClippedSums(sums, norms, losses.detach())
@@ -70,3 +78,7 @@ class Loop:
                 loss.backward(retain_graph=True)  # not autograd.grad, which reentrant checkpointing refuses
             found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return {name: gradient.to(sum_dtype(gradient)) for name, gradient in found.items()}
+
+
+def _norm(gradients: Iterable[Tensor]) -> Tensor:
+    return torch.sqrt(sum((g.double().square().sum() for g in gradients), torch.zeros(())))
