@@ -1,6 +1,6 @@
 """Time and memory of a private step beside an ordinary one: variants interleaved, correctness first, one process each.
 
-    python bench/engine.py [rounds=3] [only=<part of a row's name>] [variants=a,b] [out=bench/results/engine.md]
+    python bench/engine.py [rounds=3] [only=<part of a row's name>,…] [variants=a,b] [out=bench/results/engine.md]
 
 A step is forward, (clipped) gradient and fused AdamW, without noise, which is measured on its own below the table: a release
 of many micro-batches pays it once. Variants of a row run in turn, A B C A B C; each number is the median over rounds of the
@@ -23,21 +23,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from models import MODELS, Case, trainable_of
-
-PLAIN = "ordinary"
-ENGINES = ("book_keeping", "ghost_two_pass", "opacus", "opacus_ghost", "micro_batches_of_one")
-VARIANTS = (PLAIN, *ENGINES)
+from models import MODELS, trainable_of
+from variants import BY_LAYER, ENGINES, OURS, PEERS, PLAIN, VARIANTS, gradient_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: `method` trains the parts of `model` on batches (rows, length)."""
+    """One line of the table: `method` trains the parts of `model` on batches (rows, length).
+
+    `goal`: what time and tensor bytes over the ordinary step shall be at most.
+    """
 
     model: str
     method: str
     rows: int
     length: int
+    goal: tuple[float, float] = (1.05, 1.05)
 
     @property
     def name(self) -> str:
@@ -48,11 +49,11 @@ ROWS = [
     Row("roberta_base", "full", 8, 128),
     Row("roberta_base", "full", 16, 128),
     Row("gpt2", "full", 8, 128),
-    Row("gpt2", "full", 2, 512),
-    Row("roberta_base", "full", 2, 512),
-    Row("llama", "lora", 8, 128),
-    Row("roberta_base", "bitfit", 8, 128),
-    Row("roberta_base", "bitfit", 2, 512),
+    Row("gpt2", "full", 2, 512, (1.10, 1.10)),
+    Row("roberta_base", "full", 2, 512, (1.10, 1.10)),
+    Row("llama", "lora", 8, 128, (1.03, 1.03)),
+    Row("roberta_base", "bitfit", 8, 128, (0.68, 0.60)),
+    Row("roberta_base", "bitfit", 2, 512, (0.68, 0.60)),
 ]
 
 
@@ -79,59 +80,6 @@ def stepper(row: Row, variant: str) -> Callable[[], None]:
     return step
 
 
-def gradient_of(case: Case, variant: str, clip_norm: float = 1.0) -> Callable[[], dict[str, torch.Tensor]]:
-    """Clipped sums by one engine; for the ordinary step, and Opacus' ghost mode, gradients stay in .grad."""
-    from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, OpacusHooks
-
-    if variant == PLAIN:
-        return lambda: case.losses().sum().backward() or {}
-    if variant == "micro_batches_of_one":
-        return lambda: one_by_one(case, clip_norm)
-    if variant == "opacus_ghost":
-        return opacus_ghost(case, clip_norm)
-    engine = {"book_keeping": BookKeeping, "ghost_two_pass": GhostTwoPass, "opacus": OpacusHooks}[variant](case.model)
-    return lambda: engine(case.losses, clip_norm).sums
-
-
-def one_by_one(case: Case, clip_norm: float) -> dict[str, torch.Tensor]:
-    """Plain autograd on one example after the other."""
-    sums: dict[str, torch.Tensor] = {}
-    parameters = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
-    for i in range(case.rows):
-        found = torch.autograd.grad(case.losses(slice(i, i + 1)).sum(), list(parameters.values()), allow_unused=True)
-        gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-        factor = (clip_norm / norm).clamp(max=1.0)
-        for name, gradient in gradients.items():
-            if name in sums:
-                sums[name].add_(gradient * factor)
-            else:
-                sums[name] = gradient.mul_(factor)
-    return sums
-
-
-def opacus_ghost(case: Case, clip_norm: float) -> Callable[[], dict[str, torch.Tensor]]:
-    """Opacus' fast gradient clipping (ghost norms, two backward passes)."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-
-    wrapped = GradSampleModuleFastGradientClipping(
-        case.model, batch_first=True, loss_reduction="sum", max_grad_norm=clip_norm, use_ghost_clipping=True
-    )
-
-    def gradient() -> dict[str, torch.Tensor]:
-        wrapped.enable_hooks()
-        losses = case.losses()
-        losses.sum().backward(retain_graph=True)
-        for parameter in case.model.parameters():
-            parameter.grad = None
-        factors = wrapped.get_clipping_coef()
-        wrapped.disable_hooks()
-        (losses * factors).sum().backward()
-        return {}
-
-    return gradient
-
-
 # ---- correctness
 
 
@@ -142,7 +90,7 @@ def check(row: Row, variant: str) -> None:
     case = MODELS[row.model](4, 16)
     trainable = trainable_of(case, row.method)
     clip_norm = float(Loop(case.model)(case.losses, float("inf")).norms.mean())
-    expected = Loop(case.model)(case.losses, clip_norm).sums
+    expected = Loop(case.model, "layer" if variant == BY_LAYER else "all")(case.losses, clip_norm).sums
     found = gradient_of(case, variant, clip_norm)()
     found = found or {n: p.grad for n, p in trainable.items() if p.grad is not None}
     scale = max(float(value.abs().max()) for value in expected.values())
@@ -247,6 +195,19 @@ def asked(process: subprocess.Popen) -> float:
     return float(process.stdout.readline())
 
 
+def against_goal(row: Row, found: dict[str, str | tuple[float, float, float]]) -> str:
+    """A line of the goals table."""
+    ours = found[OURS]
+    if isinstance(ours, str):
+        return f"| {row.name} | {ours} |"
+    cells = []
+    for value, goal in zip(ours, row.goal, strict=False):
+        cells += [f"{value:.2f}", f"{goal:.2f}" if value <= goal + 0.005 else f"{goal:.2f}: **missed**"]
+    peers = [found[v] for v in PEERS if not isinstance(found.get(v, ""), str)]
+    ahead = all(ours[0] < peer[0] for peer in peers) if peers else "not measured"
+    return f"| {row.name} | {' | '.join(cells)} | {ahead if isinstance(ahead, str) else 'yes' if ahead else '**no**'} |"
+
+
 def noise_line() -> str:
     """Seconds of a release's noise at GPT-2's size beside those of its clipped sums."""
     from noise import seconds_of_noise
@@ -256,17 +217,22 @@ def noise_line() -> str:
 
 def main(argv: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in argv)
-    rounds, only = int(options.get("rounds", 3)), options.get("only", "")
+    rounds, only = int(options.get("rounds", 3)), options.get("only", "").split(",")
     wanted = options.get("variants", ",".join(VARIANTS)).split(",")
     lines = ["| | " + " | ".join(VARIANTS) + " |", "|---|" + "---|" * len(VARIANTS)]
-    for row in [row for row in ROWS if only in row.name]:
+    goals = ["| | time | goal | tensor bytes | goal | ahead of all peers that run |", "|---|---|---|---|---|---|"]
+    for row in [row for row in ROWS if any(part in row.name for part in only)]:
         print(row.name, flush=True)
         found = measured(row, rounds, wanted)
         cells = [found.get(v, "") for v in VARIANTS]
         texts = [c if isinstance(c, str) else "{:.2f} / {:.2f} / {:.2f}".format(*c) for c in cells]
         lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
         print(lines[-1], flush=True)
-    if "noise" in only or not only:
+        if OURS in found:
+            goals.append(against_goal(row, found))
+            print(goals[-1], flush=True)
+    lines += ["", f"Goals, for {OURS}:", "", *goals]
+    if "noise" in only or only == [""]:
         lines += ["", noise_line()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "opacus"))
     head = (
