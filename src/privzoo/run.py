@@ -200,7 +200,7 @@ def evaluate_now(method: FirstOrder, cfg: DictConfig, device: torch.device) -> d
 
 def validation_batches(task: Task, microbatch_size: int, device: torch.device) -> Iterator[MicroBatch]:
     """The whole validation split in micro-batches of like length, on the device."""
-    order = sorted(range(len(task.validation)), key=lambda i: task.length(task.validation[i]))
+    order = task.by_length(task.validation)
     for first in range(0, len(order), microbatch_size):
         rows = [task.validation[i] for i in order[first : first + microbatch_size]]
         yield {name: value.to(device) for name, value in task.collate(rows).items()}

@@ -106,6 +106,16 @@ def test_an_image_of_absurd_size_is_refused_at_load(ready, monkeypatch):
         ready(cells([png(PIXELS[0])]), [0])
 
 
+def test_order_is_found_without_decoding(task):
+    """Rows are all of one length, and decoding is what costs."""
+
+    class NotToBeRead(list):
+        def __getitem__(self, index):
+            raise AssertionError("a row was decoded")
+
+    assert task.by_length(NotToBeRead(range(5))) == [0, 1, 2, 3, 4]
+
+
 def test_collate(task):
     batch = task.collate([task.train[2], task.train[0]])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)

@@ -55,6 +55,10 @@ class Task(ABC):
     def length(self, row: dict) -> int:
         """The size of an encoded row; rows of like size share a micro-batch, so that little is padded."""
 
+    def by_length(self, rows: Sequence[dict]) -> list[int]:
+        """Indices of `rows`, neighbours of like length. Decodes every row; a task whose rows are all alike need not."""
+        return sorted(range(len(rows)), key=lambda i: self.length(rows[i]))
+
     @abstractmethod
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """One micro-batch: every value has leading dimension R = len(rows) >= 1, in the order of `rows`."""
