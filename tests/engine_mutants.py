@@ -291,7 +291,7 @@ PREFLIGHT_MUTANTS = [
     ("pre-flight at a clip norm that clips nothing", "33", PREFLIGHT_PY, "min(clip_norm, 1e-3)", "1e6",
      (PREFLIGHT + "a_wrong_example_axis_behind_a_gate_that_is_still_shut",)),
     ("pre-flight compares by the largest tensor", "33", PREFLIGHT_PY,
-     "scale = max(float(expected.abs().max()), 1e-2 * largest, 1e-4 * contributions)", "scale = largest",
+     "scale = max(float(expected.abs().max()), floor)", "scale = largest",
      (PREFLIGHT + "a_small_part_of_an_engine_that_is_wrong",)),
     ("pre-flight compares no norms", "5 7", PREFLIGHT_PY,
      '_compare("gradient norms", found.norms[finite], norms[finite], tolerance)', "assert finite.any()",
@@ -364,7 +364,8 @@ GROUPED_MUTANTS = [
      (GROUPED + "equals_the_loop[rows-embedding and head tied]",)),
     ("clipped for good before it is proved", "13", BOOK_KEEPING_PY, "seen.book = fresh_book(not uncertain)",
      "seen.book = fresh_book(True)", (GROUPED + "a_use_that_is_reached_later",)),
-    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, 'getattr(engine, "groups", "all")', '"all"',
+    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, "Loop(model, groups), None",
+     "Loop(model), None",
      (PREFLIGHT + "group_wise_clipping_passes",)),
 ]  # fmt: skip
 

@@ -68,6 +68,7 @@ def fail_with(error: BaseException) -> Callable[[DictConfig], None]:
         (["progress=false"], ["Unknown key 'progress'", "'trainer.progress'"]),
         (["trainer.oops=1"], ["'trainer.oops': trainer takes accelerator, precision"]),
         (["zzz=1"], ["Unknown key 'zzz'. ", "--cfg job"]),
+        (["task=toy_lm", "model.pooling=mean"], ["'model.pooling': it exists, but not for the model that is chosen"]),
         (["task=sst3"], ["task 'sst3' does not exist", "sst2, toy_images", "Did you mean 'sst2'?"]),
         (["method=dp_ful"], ["method 'dp_ful' does not exist", "'dp_full'"]),
         (["logger=[wandb,tensorbord]"], ["logger 'tensorbord' does not exist", "'tensorboard'"]),

@@ -103,6 +103,22 @@ def test_the_saved_model_is_the_one_that_was_scored(finished, privzoo):
     assert now == before == pytest.approx(record["metric/accuracy"])
 
 
+def test_mean_pooling_and_group_wise_clipping_end_to_end(privzoo, tmp_path):
+    """The saved class is found again, and scores as it did; the head's own rate and the groups are in the configuration."""
+    argv = ["model.pooling=mean", "+method.engine.groups=layer", "method.head_lr_factor=3"]
+    code, output = privzoo(*argv, *QUICK, f"output_dir={tmp_path}")
+    assert code == 0, output
+    (run,) = tmp_path.iterdir()
+    assert (run / "model" / "mean_pooling.py").is_file()
+    config = (run / "config.yaml").read_text()
+    assert all(f"{key}\n" in config for key in ("groups: layer", "head_lr_factor: 3", "pooling: mean"))
+    code, output = privzoo(f"run={run}", module="privzoo.evaluate")
+    assert code == 0, output
+    row = next(line for line in output.splitlines() if "accuracy" in line)
+    now, before = (float(cell) for cell in row.strip("│ ").split("│")[1:])
+    assert now == before == pytest.approx(read(run, "result.json")["metric/accuracy"])
+
+
 def test_the_table_at_the_end(finished):
     run, output = finished
     for word in ("accuracy", "untrained", "ε", "δ", "σ", "steps", "time", "memory", run.name):

@@ -218,7 +218,9 @@ def _unknown_key(key: str, config_name: str) -> str:
     near = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
     near += [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     near += [name for name in known if name.rpartition(".")[2] == last]
-    if near:
+    if key in known:
+        hint = f": it exists, but not for the {group or 'configuration'} that is chosen."
+    elif near:
         hint = f": did you mean '{near[0]}'?"
     elif group and siblings:
         hint = f": {group} takes {', '.join(siblings)}."
