@@ -10,147 +10,44 @@ that live in one step beyond weights and optimizer state, and the growth of the 
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from models import MODELS, trainable_of
-from variants import BY_LAYER, ENGINES, OURS, PEERS, PLAIN, VARIANTS, gradient_of
+from models import MODELS, ROWS, Row
+from variants import ENGINES, OURS, PEERS, PLAIN, VARIANTS
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: `method` trains the parts of `model` on batches (rows, length).
-
-    `goal`: what time and tensor bytes over the ordinary step shall be at most.
-    """
-
-    model: str
-    method: str
-    rows: int
-    length: int
-    goal: tuple[float, float] = (1.05, 1.05)
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.method} B={self.rows} T={self.length}"
-
-
-ROWS = [
-    Row("roberta_base", "full", 8, 128),
-    Row("roberta_base", "full", 16, 128),
-    Row("gpt2", "full", 8, 128),
-    Row("gpt2", "full", 2, 512, (1.10, 1.10)),
-    Row("roberta_base", "full", 2, 512, (1.10, 1.10)),
-    Row("llama", "lora", 8, 128, (1.03, 1.03)),
-    Row("roberta_base", "bitfit", 8, 128, (0.68, 0.60)),
-    Row("roberta_base", "bitfit", 2, 512, (0.68, 0.60)),
-]
-
-
-# ---- a step
-
-
-def stepper(row: Row, variant: str) -> Callable[[], None]:
-    """A function that makes one optimizer step."""
-    method = "full" if variant == "ordinary full" else row.method
-    case = MODELS[row.model](row.rows, row.length)
-    trainable = trainable_of(case, method)
-    optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-5, fused=True)
-    gradient = gradient_of(case, "ordinary" if variant == "ordinary full" else variant)
-
-    def step() -> None:
-        sums = gradient()
-        for name, parameter in trainable.items():
-            if name in sums:
-                parameter.grad = sums[name]
-        del sums
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-# ---- correctness
-
-
-def check(row: Row, variant: str) -> None:
-    """The variant's clipped sums on four short rows equal the loop's; raises if not."""
-    from privzoo.privacy.clipping import Loop
-
-    case = MODELS[row.model](4, 16)
-    trainable = trainable_of(case, row.method)
-    clip_norm = float(Loop(case.model)(case.losses, float("inf")).norms.mean())
-    expected = Loop(case.model, "layer" if variant == BY_LAYER else "all")(case.losses, clip_norm).sums
-    found = gradient_of(case, variant, clip_norm)()
-    found = found or {n: p.grad for n, p in trainable.items() if p.grad is not None}
-    scale = max(float(value.abs().max()) for value in expected.values())
-    worst = max(float((found.get(n, torch.zeros(())) - value).abs().max()) for n, value in expected.items()) / scale
-    if not worst < 1e-4:
-        raise RuntimeError(f"differs from the loop by {worst:.1g}")
-
-
-# ---- workers
-
-
-def serve(row: Row, variant: str) -> None:
-    """Answers each line of the input with the seconds of one step."""
-    torch.set_num_threads(1)
-    step = stepper(row, variant)
-    step()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
-
-
-def weigh(row: Row, variant: str) -> None:
-    """Prints peak tensor bytes of a step and the growth of the resident set."""
-    torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = stepper(row, variant)
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    events = sorted(allocations(profile.profiler.kineto_results.experimental_event_tree()))
-    now = peak = 0
-    for _, size in events:
-        now += size
-        peak = max(peak, now)
-    print(json.dumps([peak, (after - before) * 1024]), flush=True)
-
-
-def allocations(events: list) -> Iterator[tuple[int, int]]:
-    for event in events:
-        if event.tag.name == "Allocation":
-            yield event.start_time_ns, event.extra_fields.alloc_size
-        yield from allocations(event.children)
+Found = dict[str, str | tuple[float, float, float]]
+LINES = 8  # of a profile
 
 
 def worker(kind: str, row: Row, variant: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, "worker", kind, json.dumps(row.__dict__), variant]
+    command = [sys.executable, str(Path(__file__).with_name("workers.py")), kind, json.dumps(row.__dict__), variant]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# ---- the table
+def base_of(row: Row) -> str:
+    return "ordinary full" if row.method == "bitfit" else PLAIN
 
 
-def measured(row: Row, rounds: int, wanted: list[str]) -> dict[str, str | tuple[float, float, float]]:
+def answer(kind: str, row: Row, variant: str):
+    """What a worker that does one thing printed."""
+    out, errors = worker(kind, row, variant).communicate()
+    if not out:
+        raise RuntimeError(f"{row.name} {variant}, {kind}: {errors[-2000:]}")
+    return json.loads(out)
+
+
+def measured(row: Row, rounds: int, wanted: list[str]) -> Found:
     """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run."""
-    base = "ordinary full" if row.method == "bitfit" else PLAIN
-    variants = [base, *(v for v in VARIANTS if v != base and v in wanted)]
-    found: dict[str, str | tuple[float, float, float]] = {}
+    base = base_of(row)
+    variants = [base, *(v for v in VARIANTS if v != base and v in wanted and (row.peers or v not in PEERS))]
+    found: Found = {}
     for variant in [v for v in variants if v in ENGINES]:
         run = worker("check", row, variant)
         _, errors = run.communicate()
@@ -162,13 +59,11 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> dict[str, str | tuple[
         for _ in range(rounds):
             for variant in running:
                 times[variant].append(asked(workers[variant]))
-    weights = {}
-    for variant in running:
-        out, errors = worker("weigh", row, variant).communicate()
-        weights[variant] = json.loads(out)
+    weights = {variant: answer("weigh", row, variant) for variant in running}
     for variant in running:
         ratios = [t / b for t, b in zip(times[variant], times[base], strict=True)]
-        found[variant] = (statistics.median(ratios), *(w / b for w, b in zip(weights[variant], weights[base], strict=True)))
+        bytes_ = (w / b for w, b in zip(weights[variant][:2], weights[base][:2], strict=True))
+        found[variant] = (statistics.median(ratios), *bytes_)
     seconds = statistics.median(times[base])
     print(f"  base {base}: {seconds:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
     return found
@@ -195,7 +90,7 @@ def asked(process: subprocess.Popen) -> float:
     return float(process.stdout.readline())
 
 
-def against_goal(row: Row, found: dict[str, str | tuple[float, float, float]]) -> str:
+def against_goal(row: Row, found: Found) -> str:
     """A line of the goals table."""
     ours = found[OURS]
     if isinstance(ours, str):
@@ -206,6 +101,28 @@ def against_goal(row: Row, found: dict[str, str | tuple[float, float, float]]) -
     peers = [found[v] for v in PEERS if not isinstance(found.get(v, ""), str)]
     ahead = all(ours[0] < peer[0] for peer in peers) if peers else "not measured"
     return f"| {row.name} | {' | '.join(cells)} | {ahead if isinstance(ahead, str) else 'yes' if ahead else '**no**'} |"
+
+
+def explained(row: Row, found: Found) -> list[str]:
+    """Where the time and the memory of a row go that missed its goal."""
+    ours = found[OURS]
+    if isinstance(ours, str) or all(value <= goal + 0.005 for value, goal in zip(ours, row.goal, strict=False)):
+        return []
+    seconds = {v: answer("profile", row, v) for v in (base_of(row), OURS)}
+    kept = {v: answer("weigh", row, v)[2] for v in (base_of(row), OURS)}
+    whole = sum(seconds[base_of(row)].values())
+    peak = sum(kept[base_of(row)].values())
+    return [
+        f"- {row.name}: more time than the ordinary step, in percent of it: {differences(seconds, base_of(row), whole)};"
+        f" more (or less) tensor bytes at the peak, in percent of its peak: {differences(kept, base_of(row), peak)}."
+    ]
+
+
+def differences(costs: dict[str, dict[str, float]], base: str, whole: float) -> str:
+    """The operations in which two steps differ most."""
+    found = {name: costs[OURS].get(name, 0) - costs[base].get(name, 0) for name in costs[OURS] | costs[base]}
+    largest = sorted(found, key=lambda name: -abs(found[name]))[:LINES]
+    return ", ".join(f"{name or 'engine'} {100 * found[name] / whole:+.1f}" for name in largest)
 
 
 def noise_line() -> str:
@@ -221,6 +138,7 @@ def main(argv: list[str]) -> int:
     wanted = options.get("variants", ",".join(VARIANTS)).split(",")
     lines = ["| | " + " | ".join(VARIANTS) + " |", "|---|" + "---|" * len(VARIANTS)]
     goals = ["| | time | goal | tensor bytes | goal | ahead of all peers that run |", "|---|---|---|---|---|---|"]
+    reasons = []
     for row in [row for row in ROWS if any(part in row.name for part in only)]:
         print(row.name, flush=True)
         found = measured(row, rounds, wanted)
@@ -230,8 +148,9 @@ def main(argv: list[str]) -> int:
         print(lines[-1], flush=True)
         if OURS in found:
             goals.append(against_goal(row, found))
-            print(goals[-1], flush=True)
-    lines += ["", f"Goals, for {OURS}:", "", *goals]
+            reasons += explained(row, found)
+            print("\n".join([goals[-1], *reasons[-1:]]), flush=True)
+    lines += ["", f"Goals, for {OURS}:", "", *goals, "", *reasons]
     if "noise" in only or only == [""]:
         lines += ["", noise_line()]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "opacus"))
@@ -248,8 +167,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        kind, row, variant = sys.argv[2], Row(**json.loads(sys.argv[3])), sys.argv[4]
-        {"serve": serve, "weigh": weigh, "check": check}[kind](row, variant)
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

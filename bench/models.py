@@ -90,3 +90,34 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `method` trains the parts of `model` on batches (rows, length).
+
+    `goal`: what time and tensor bytes over the ordinary step shall be at most. `peers`: whether memory allows for them.
+    """
+
+    model: str
+    method: str
+    rows: int
+    length: int
+    goal: tuple[float, float] = (1.05, 1.05)
+    peers: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.method} B={self.rows} T={self.length}"
+
+
+ROWS = [
+    Row("roberta_base", "full", 8, 128),
+    Row("roberta_base", "full", 16, 128, peers=False),
+    Row("gpt2", "full", 8, 128),
+    Row("gpt2", "full", 2, 512, (1.10, 1.10)),
+    Row("roberta_base", "full", 2, 512, (1.10, 1.10)),
+    Row("llama", "lora", 8, 128, (1.03, 1.03)),
+    Row("roberta_base", "bitfit", 8, 128, (0.68, 0.60)),
+    Row("roberta_base", "bitfit", 2, 512, (0.68, 0.60)),
+]
