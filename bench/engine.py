@@ -4,8 +4,9 @@
 
 A step is forward, (clipped) gradient and fused AdamW, without noise, which is measured on its own below the table: a release
 of many micro-batches pays it once. Variants of a row run in turn, A B C A B C; each number is the median over rounds of the
-ratio to the ordinary step of the same round (peers, which are far off and slow, run in the first round only). Memory comes from another process per variant: the largest sum of tensor bytes
-that live in one step beyond weights and optimizer state, and the growth of the resident set over the whole process.
+ratio to the ordinary step of the same round (peers, which are far off and slow, run in the first round only). Memory comes
+from another process per variant: the largest sum of tensor bytes that live in one step beyond weights and optimizer state,
+and the growth of the resident set over the whole process.
 """
 
 import json

@@ -1,12 +1,15 @@
 """Mean pooling: the head is what it says, saves and loads as any model, and is refused where it makes no sense."""
 
-import subprocess
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers import dynamic_module_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from privzoo.errors import UserError
 from privzoo.models.loading import load
@@ -49,32 +52,34 @@ def test_settings_reach_the_encoder() -> None:
 
 
 def test_saved_and_loaded_it_says_the_same(tmp_path: Path) -> None:
-    """By privzoo without being told, and by transformers alone, which asks leave to run the code in the folder."""
     loaded = pooled()
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
     again = load(str(tmp_path), "sequence_classification", 3)
     assert again.new_head == ()
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
     with torch.no_grad():
-        expected = loaded.model(**inputs).logits
-        assert torch.equal(again.model(**inputs).logits, expected)
+        expected = loaded.model(input_ids=IDS, attention_mask=MASK).logits
+        assert torch.equal(again.model(input_ids=IDS, attention_mask=MASK).logits, expected)
     assert load(str(tmp_path), "sequence_classification", 2).new_head == ("classifier.weight", "classifier.bias")
 
-    code = (
-        "import sys, torch; sys.modules['privzoo'] = None\n"
-        "from transformers import AutoModelForSequenceClassification as Auto\n"
-        "try: Auto.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
-        "except ValueError: pass\n"
-        "else: sys.exit('loaded as something else')\n"
-        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        f"ids, mask = torch.tensor({IDS.tolist()}), torch.tensor({MASK.tolist()})\n"
-        "print(model(input_ids=ids, attention_mask=mask).logits.tolist())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=tmp_path,
-                          env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(eval(done.stdout)), expected, rtol=1e-5, atol=1e-6)
+
+def test_transformers_loads_it_without_privzoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformers that has never heard of the class asks leave to run the code in the folder, and then says the same."""
+    model = pooled().model
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, model.config.model_type)
+    monkeypatch.delitem(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content, type(model.config))
+    with pytest.raises(ValueError, match="custom code"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert type(found).__module__.startswith("transformers_modules.")
+    assert "privzoo" not in [line.split()[1] for line in Path(inspect.getfile(type(found))).read_text().splitlines()
+                             if line.startswith(("import ", "from "))]  # fmt: skip
+    with torch.no_grad():
+        expected, logits = (each(input_ids=IDS, attention_mask=MASK).logits for each in (model, found.eval()))
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_its_clipped_sums_are_those_of_the_definition() -> None:
