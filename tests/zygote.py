@@ -10,6 +10,7 @@ ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negativ
 
 import gc
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -126,14 +127,17 @@ def child(request: dict, output: int) -> None:
     os._exit(code)
 
 
+IMPORTED = (
+    "lightning", "opacus.accountants", "pandas", "pyarrow.parquet", "pyarrow.csv", "transformers.models.bert.modeling_bert",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.vit.modeling_vit", "privzoo.cli", "privzoo.run",
+    "privzoo.tasks.classification", "privzoo.tasks.images", "privzoo.tasks.language_modelling",
+)  # fmt: skip
+
+
 def main() -> None:
-    import lightning  # noqa: F401
-    import opacus.accountants  # noqa: F401
-    import transformers  # noqa: F401
-
     remember_epsilons(Path(tempfile.mkdtemp(dir=os.environ["PRIVZOO_CACHE"])))  # before others import them by name
-    import privzoo.run  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     remember_toy_rows()
     gc.freeze()
     print("ready", flush=True)

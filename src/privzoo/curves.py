@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.methods.first_order import FirstOrder
-from privzoo.privacy.accounting import SEARCH_GRID
+from privzoo.privacy.accounting import SEARCH_GRID, Releases, epsilon_spent
 from privzoo.privacy.plan import PrivacyPlan
 
 POINTS = 20
@@ -17,24 +17,30 @@ class EpsilonCurve:
 
     Args:
         plan: whose releases are made in order.
-        charged_twice: releases that earlier sessions paid for and that this one pays for again.
+        paid_twice: releases that earlier sessions paid for and that this one pays for again. The run then ends early, within
+            the plan's epsilon.
     """
 
-    def __init__(self, plan: PrivacyPlan, charged_twice: int = 0) -> None:
+    def __init__(self, plan: PrivacyPlan, paid_twice: Releases = ()) -> None:
         self.plan = plan
-        self.charged_twice = charged_twice
-        self._known: dict[int, float] = {0: 0.0}
+        self.paid_twice = list(paid_twice)
+        self._known: dict[int, float] = {}
 
     def __call__(self, releases: int) -> float:
-        if POINTS not in self._known:
-            self._known[POINTS] = self.plan.epsilon_after(self.plan.steps)
-        releases = min(releases + self.charged_twice, self.plan.steps) if releases else 0
         place = -(-releases * POINTS // self.plan.steps)
         if place not in self._known:
-            count = min(self.plan.steps, -(-place * self.plan.steps // POINTS))
-            # The coarse grid is three times faster and up to 0.3 % too high: capped by the whole run's epsilon.
-            self._known[place] = min(self._known[POINTS], self.plan.epsilon_after(count, SEARCH_GRID))
+            self._known[place] = self._at(min(self.plan.steps, -(-place * self.plan.steps // POINTS)))
         return self._known[place]
+
+    def _at(self, count: int) -> float:
+        # The coarse grid is three times faster and up to 0.3 % too high: capped by what the run costs in the end.
+        coarse = epsilon_spent([*self.plan.releases(count), *self.paid_twice], self.plan.delta, SEARCH_GRID)
+        if self.paid_twice:
+            assert self.plan.epsilon is not None
+            return min(coarse, self.plan.epsilon)
+        if POINTS not in self._known:
+            self._known[POINTS] = self.plan.epsilon_after(self.plan.steps)
+        return min(coarse, self._known[POINTS])
 
 
 class Curves(Callback):

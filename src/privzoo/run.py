@@ -126,7 +126,7 @@ def _fit(
     """
     cfg, task, mechanism = folder.cfg, method.task, method.mechanism
     plan = mechanism.plan
-    epsilon_at = EpsilonCurve(plan, charged_twice(ledger, mechanism.digest, start))
+    epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
     batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size)
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()

@@ -215,6 +215,8 @@ def test_a_model_without_a_new_head_has_one_rate(make_run, plans):
     ("options", "sentence"),
     [
         ({"head_lr_factor": 0.0}, "head_lr_factor=0.0 to be a number above 0"),
+        ({"head_lr_factor": None}, "head_lr_factor=None to be a number above 0"),
+        ({"warmup": "some"}, r"0 <= method\.warmup=some < 1"),
         ({"head_lr_factor": math.inf}, "head_lr_factor=inf to be a number above 0"),
         ({"schedule": "cosine"}, "schedule=cosine to be linear or constant"),
         ({"warmup": 1.0}, r"0 <= method\.warmup=1\.0 < 1"),
@@ -231,15 +233,20 @@ def test_a_checkpoint_holds_the_trained_part_alone(make_run, plans, tmp_path):
     run = make_run(plans(epochs=0.2), "biases")
     trainer = run.fit()
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    saved = checkpoint["state_dict"]
     assert saved.keys() == {f"model.{name}" for name in run.method.trainable}
     for name, parameter in run.method.trainable.items():
         assert torch.equal(saved[f"model.{name}"], parameter)
-    run.method.on_load_checkpoint({"state_dict": saved})
+    run.method.on_load_checkpoint(checkpoint)
     missing = dict(list(saved.items())[1:])
     for wrong in (missing, {**saved, "model.more": torch.zeros(1)}):
         with pytest.raises(UserError, match="resume with the run's own configuration"):
-            run.method.on_load_checkpoint({"state_dict": wrong})
+            run.method.on_load_checkpoint({**checkpoint, "state_dict": wrong})
+    (state,) = checkpoint["optimizer_states"]
+    one_group = {**state, "param_groups": [{**state["param_groups"][0], "params": list(range(len(saved)))}]}
+    with pytest.raises(UserError, match="other groups of parameters"):
+        run.method.on_load_checkpoint({**checkpoint, "optimizer_states": [one_group]})
 
 
 def test_a_stop_comes_between_micro_batches_and_before_noise(make_run, plans):

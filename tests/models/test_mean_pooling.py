@@ -1,8 +1,9 @@
 """Mean pooling: the head is what it says, saves and loads as any model, and is refused where it makes no sense."""
 
 import inspect
-import sys
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from privzoo.errors import UserError
+from privzoo.models import loading
 from privzoo.models.loading import load
 from privzoo.privacy.clipping import BookKeeping, Loop
 
+TINY = Path(loading.__file__).parent / "tiny"
 IDS = torch.tensor([[2, 9, 12, 7, 3], [2, 8, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -26,9 +29,7 @@ def pooled(**options):
 def test_the_head_is_linear_in_the_mean_of_the_real_tokens() -> None:
     loaded = pooled()
     assert loaded.new_head == ("classifier.weight", "classifier.bias")
-    body = transformers.AutoModel.from_pretrained(
-        Path(sys.modules["privzoo.models.loading"].__file__).parent / "tiny/tiny_encoder"
-    )
+    body = transformers.AutoModel.from_pretrained(TINY / "tiny_encoder")
     with torch.no_grad():
         found = loaded.model(input_ids=IDS, attention_mask=MASK).logits
         for row, length in enumerate((5, 3)):
@@ -108,6 +109,56 @@ def test_its_clipped_sums_are_those_of_the_definition() -> None:
 def test_refused_where_it_makes_no_sense(pooling: str, kind: str, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(name, kind, 2, pooling=pooling)
+
+
+def test_a_row_of_padding_alone_and_large_states_in_half_precision() -> None:
+    """Neither gives a NaN, which would take the row's part in a release away."""
+    model = pooled().model
+    model.classifier.bias.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    with torch.no_grad():
+        found = model(input_ids=IDS, attention_mask=MASK * torch.tensor([[1], [0]])).logits
+    torch.testing.assert_close(found[1], torch.tensor([1.0, 2.0, 3.0]))
+
+    class Large(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=torch.full((1, 500, 64), 200.0, dtype=torch.float16))
+
+    model.half().encoder = Large()
+    with torch.no_grad():
+        model.classifier.weight.fill_(1 / 64)
+        found = model(input_ids=torch.ones(1, 500).long(), attention_mask=torch.ones(1, 500)).logits
+    torch.testing.assert_close(found, torch.tensor([[201.0, 202.0, 203.0]], dtype=torch.float16))
+
+
+def test_an_encoder_that_calls_its_pooler_unasked(tmp_path: Path) -> None:
+    config = transformers.SqueezeBertConfig(vocab_size=300, hidden_size=16, embedding_size=16, num_hidden_layers=1,
+                                            num_attention_heads=4, intermediate_size=16)  # fmt: skip
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(TINY / "tiny_encoder").save_pretrained(tmp_path)
+    model = load(str(tmp_path), "sequence_classification", 2, pooling="mean").model
+    assert model(input_ids=IDS, attention_mask=MASK).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (None, "holds no encoder"),
+        ("bert", "its encoder is 'bert', no configuration"),
+        ({"hidden_size": 64}, "does not say of which type"),
+        (
+            {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 4},
+            "weights of its body or holds them in another shape",
+        ),
+    ],
+)
+def test_a_damaged_configuration_is_one_sentence(tmp_path: Path, encoder: object, words: str) -> None:
+    loaded = pooled()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "encoder": encoder}))
+    with pytest.raises(UserError, match=words):
+        load(str(tmp_path), "sequence_classification", 3)
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -67,18 +67,18 @@ class FirstOrder(LightningModule):
         self.strict_loading = False  # checkpoints hold the trained part; on_load_checkpoint checks it
         if schedule not in ("linear", "constant"):
             raise UserError(f"Expected method.schedule={schedule} to be linear or constant.")
-        if not 0 <= warmup < 1:
+        if not isinstance(warmup, (int, float)) or not 0 <= warmup < 1:
             raise UserError(f"Expected 0 <= method.warmup={warmup} < 1.")
-        if not 0 < head_lr_factor < math.inf:
+        if not isinstance(head_lr_factor, (int, float)) or not 0 < head_lr_factor < math.inf:
             raise UserError(f"Expected method.head_lr_factor={head_lr_factor} to be a number above 0.")
         self.model = model
         self.task = task
         self.mechanism = mechanism
-        self.trainable = select_trainable(model, trainable, tuple(new_head))
+        self.new_head, self.head_lr_factor = tuple(new_head), head_lr_factor
+        self.trainable = select_trainable(model, trainable, self.new_head)
         self.engine = engine(model)
         self.make_optimizer = optimizer
         self.lr, self.schedule, self.warmup = lr, schedule, warmup
-        self.new_head, self.head_lr_factor = tuple(new_head), head_lr_factor
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.stop_requested = False
@@ -140,12 +140,15 @@ class FirstOrder(LightningModule):
     # ---- Lightning
 
     def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self._parameter_groups(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
         body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
         head = [self.trainable[name] for name in self.new_head]
         groups = [{"params": body, "lr": self.lr}, {"params": head, "lr": self.lr * self.head_lr_factor}]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return [group for group in groups if group["params"]]
 
     def lr_factor(self, release: int) -> float:
         """Part of `lr` used for a release; depends on its public index alone."""
@@ -181,6 +184,11 @@ class FirstOrder(LightningModule):
             raise UserError(
                 f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "
                 "method trains: resume with the run's own configuration."
+            )
+        groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        if groups != [len(group["params"]) for group in self._parameter_groups()]:
+            raise UserError(
+                "The checkpoint's optimizer has other groups of parameters: another version made it; start again."
             )
 
 

@@ -95,6 +95,8 @@ def load(
     options = {"local_files_only": cached_only, "trust_remote_code": False}
     with _quiet_transformers(), _explained(path):
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        if isinstance(config, MeanPoolingConfig) and not isinstance(config.encoder, PretrainedConfig):
+            raise ValueError("its configuration holds no encoder")
         _check_kind(path, config, kind, architectures)
         pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
         if pooled:
@@ -277,7 +279,7 @@ def _new_head(path: str, model: transformers.PreTrainedModel, report: dict, whol
     names = tuple(name for name, _ in model.named_parameters() if name in fresh)
     body = f"{model.base_model_prefix}." if whole else ""
     # Checkpoints pretrained without a sentence-level task have no pooler; it is part of a classifier's head.
-    lost = [name for name in names if name.startswith(body) and "pooler." not in name]
+    lost = [name for name in names if name.startswith(body) and ".pooler." not in f".{name}"]
     if lost:
         raise UserError(
             f"Model {path!r} lacks {len(lost)} weights of its body or holds them in another shape, for example"

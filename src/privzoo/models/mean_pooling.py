@@ -34,7 +34,11 @@ class MeanPoolingConfig(PretrainedConfig):
 
     def __init__(self, encoder: PretrainedConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
         if isinstance(encoder, dict):
+            if "model_type" not in encoder:
+                raise ValueError("its configuration does not say of which type the encoder is")
             encoder = AutoConfig.for_model(**encoder)
+        if encoder is not None and not isinstance(encoder, PretrainedConfig):
+            raise ValueError(f"its encoder is {encoder!r}, no configuration")
         self.encoder = encoder
         super().__init__(**kwargs)
 
@@ -83,13 +87,16 @@ class MeanPoolingClassifier(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> SequenceClassifierOutput:
         """Logits, (R, labels), of token ids (R, T) and their mask, 0 at padding; further inputs go to the encoder."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        real = attention_mask[..., None].to(hidden.dtype)
-        return SequenceClassifierOutput(logits=self.classifier((hidden * real).sum(1) / real.sum(1)))
+        # In float32 at least: a sum of float16 states overflows. A row of padding alone has mean 0, not NaN.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        real = attention_mask[..., None].to(wide)
+        mean = (hidden.to(wide) * real).sum(1) / real.sum(1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(mean.to(hidden.dtype)))
 
 
 def _without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # type: ignore[assignment]  # would be computed, and trained, for nothing
+        encoder.pooler = nn.Identity()  # would be computed, and trained, for nothing; some models call it unasked
     return encoder
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from privzoo.errors import RunLost, UserError
-from privzoo.privacy.accounting import CONFIRMATION_GRID, epsilon_spent
+from privzoo.privacy.accounting import CONFIRMATION_GRID, Releases, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.noise import GaussianMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
@@ -151,10 +151,12 @@ def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> in
     return low
 
 
-def charged_twice(ledger: Ledger, digest: str, start: int) -> int:
+def charged_twice(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> Releases:
     """Releases in the ledger beyond those of the checkpoint and those that this session computes again at no cost."""
-    again = sum(entry.digest == digest and entry.release >= start for entry in ledger.entries)
-    return len(ledger.entries) - start - again
+    counts = Counter(dict(ledger.releases()))
+    counts.subtract(plan.at(release).release for release in range(start))
+    counts.subtract(plan.at(e.release).release for e in ledger.entries if e.digest == digest and e.release >= start)
+    return [(release, count) for release, count in counts.items() if count > 0]
 
 
 def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool:

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 from privzoo.errors import UserError
-from privzoo.privacy.accounting import CALIBRATION_GRID, CONFIRMATION_GRID, Release, Releases, calibrate, epsilon_spent
+from privzoo.privacy.accounting import CONFIRMATION_GRID, Release, Releases, calibrate, epsilon_spent
 
 NEIGHBOURS = "add_or_remove_one"
 ACCOUNTANT = "pld"
@@ -171,9 +171,9 @@ class PrivacyPlan:
         """The first `count` releases (all by default) as (release, how often), one pair a phase."""
         return self._first(self.phases, self.steps if count is None else count)
 
-    def epsilon_after(self, count: int, grid: float = CALIBRATION_GRID) -> float:
-        """Epsilon of the first `count` releases at the plan's delta; inf without privacy. An upper bound on every `grid`."""
-        return epsilon_spent(self.releases(count), self.delta, grid)
+    def epsilon_after(self, count: int) -> float:
+        """Epsilon of the first `count` releases at the plan's delta; inf without privacy."""
+        return epsilon_spent(self.releases(count), self.delta)
 
     def as_record(self) -> dict[str, Any]:
         """The plan as plain values for the privacy card; infinite values become None, as JSON has no infinity."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, Loop
+from privzoo.privacy.clipping.layouts import UnsupportedUse
 
 ENGINES = [BookKeeping, GhostTwoPass, Loop]
 X = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -55,6 +56,16 @@ def test_a_layer_inside_and_outside(reentrant, engine):
         found = made(lambda: model(reentrant), 0.5)
         torch.testing.assert_close(found.norms, expected.norms, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_parameter_made_of_others_inside_is_refused(reentrant):
+    """Its gradient would have to go back through what was recomputed."""
+    torch.manual_seed(0)
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 2)).double()
+    x = X.clone().requires_grad_()
+    with pytest.raises(UnsupportedUse, match="turn checkpointing off, or freeze it"):
+        BookKeeping(normed)(lambda: checkpoint(normed, x, use_reentrant=reentrant).sin().flatten(1).sum(1), 0.5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -114,6 +114,31 @@ def test_one_unit_moves_the_sum_by_at_most_c(strength):
     assert moved > 0.9 * clip_norm or strength < 1
 
 
+class Scaled(torch.nn.Module):
+    """One module, and so one group, whose last part to arrive is an elementwise scale."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.scale = torch.nn.Parameter(torch.randn(64, 64) / 8), torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, x, v):
+        return ((torch.nn.functional.linear(x, self.weight) * self.scale).float() @ v).sum(1)
+
+
+@pytest.mark.parametrize("groups", ["all", "layer"])
+def test_the_callers_autocast_does_not_round_norms_and_sums(groups):
+    """PRIVACY lines 5 and 27: as under Lightning's bf16-mixed; one row moves the sum by C, not by 1.004 C."""
+    model, generator = Scaled(), torch.Generator().manual_seed(1)
+    engine = BookKeeping(model, groups)
+    for _ in range(20):
+        x, v = torch.randn(1, 2, 64, generator=generator), torch.randn(64, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sums = engine(lambda x=x, v=v: model(x, v), 0.1).sums
+        assert {value.dtype for value in sums.values()} == {torch.float32}
+        assert math.sqrt(sum(float(value.double().square().sum()) for value in sums.values())) <= 0.1 * (1 + 1e-6)
+
+
 def test_a_poisoned_row_is_left_out():
     model = CASES["layer norm"]()
     engine, poison = BY_LAYER["BookKeeping"](model), torch.tensor([1.0, 1, math.nan, 1, 1])

@@ -110,12 +110,13 @@ def gradients(
             return GroupedBook(part, groups, sums, used, seen.used_once() if for_good else ())
 
         seen.book = fresh_book(for_good=False)
-        if losses.requires_grad:
-            _collect(seen, losses, fresh_book)
-        unseen = [name for name, parameter in parameters.items() if parameter.grad is not None]
-        if unseen:  # parameters are detached wherever they are seen
-            raise UnsupportedUse(f"{unseen[0]} is used where BookKeeping sees nothing (TorchScript?): freeze it.")
-        _pull_back(seen, seen.book, parameters)
+        with torch.autocast(losses.device.type, enabled=False):  # the caller's: norms and sums would round to bf16
+            if losses.requires_grad:
+                _collect(seen, losses, fresh_book)
+            unseen = [name for name, parameter in parameters.items() if parameter.grad is not None]
+            if unseen:  # parameters are detached wherever they are seen
+                raise UnsupportedUse(f"{unseen[0]} is used where BookKeeping sees nothing (TorchScript?): freeze it.")
+            _pull_back(seen, seen.book, parameters)
     return losses.detach(), seen.book
 
 

@@ -175,6 +175,11 @@ class Interception(TorchFunctionMode):
         self.elsewhere.update(self.names[id(value)] for value in used)
         for value in made:
             if id(value) not in self.names:
+                if self.book is not None:
+                    raise UnsupportedUse(
+                        f"{name} is made into another parameter inside gradient checkpointing, which its gradient cannot be "
+                        "followed through: turn checkpointing off, or freeze it."
+                    )
                 self.names[id(value)] = f"{name}#{len(self.derived)}"
                 self.derived[self.names[id(value)]] = value
         return output
