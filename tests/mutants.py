@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
 PLAN, ACCOUNTING = "tests/privacy/test_plan.py::test_", "tests/privacy/test_accounting.py::test_"
 STREAMS, SAMPLING = "tests/privacy/test_streams.py::test_", "tests/privacy/test_sampling.py::test_"
 NOISE, RELEASE = "tests/privacy/test_noise.py::test_", "tests/privacy/test_release.py::test_"
+CURVES = "tests/test_curves.py::test_"
 CALLBACK, AFFORDABLE = "tests/privacy/test_callback.py::test_", "tests/privacy/test_affordable.py::test_"
 
 ADD = "part.add_(torch.from_numpy(drawn).to(part.device), alpha=noise_std)"
@@ -285,6 +286,12 @@ CALLBACK_MUTANTS = [
            (CALLBACK + "tensor_that_never_moves_is_reported",)),
     Mutant("lost releases are free", "35", "privacy/callback.py", "Counter(dict(ledger.releases()))", "Counter()",
            (AFFORDABLE + "releases_of_another_configuration_are_paid_for_too",)),
+    Mutant("the curve forgets what was paid twice", "35 39", "curves.py", ", *self.paid_twice]", "]",
+           (CURVES + "it_never_understates[3-a dear phase first]", CURVES + "it_never_understates[3-one phase]")),
+    Mutant("releases paid twice stand for later ones", "35 39", "curves.py",
+           "[*self.plan.releases(count), *self.paid_twice]",
+           "self.plan.releases(min(self.plan.steps, count + sum(n for _, n in self.paid_twice)))",
+           (CURVES + "it_never_understates[3-a dear phase first]",)),
     Mutant("a release that is made again is paid twice", "35", "privacy/callback.py",
            "if entry.digest == digest}", "if False}",
            (AFFORDABLE + "releases_paid_for_are_not_paid_again",)),
