@@ -67,3 +67,18 @@ def test_a_poisoned_example_counts_as_nothing():
     found = OpacusHooks(model)(lambda: model(poisoned).square().flatten(1).sum(1), 0.5)
     others = Loop(model)(lambda: model(X[[0, 2, 3]]).square().flatten(1).sum(1), 0.5)
     torch.testing.assert_close(found.sums, others.sums, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callers_autocast_does_not_round_sums():
+    """PRIVACY lines 5 and 27: one row moves the sum by C and no more."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    engine, strength = OpacusHooks(model), torch.tensor([1.0, 0.0])
+    for _ in range(20):
+        x = torch.randn(2, 3, 32, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sums = engine(lambda x=x: model(x).float().sin().sum((1, 2)) * strength, 0.1).sums
+        assert {value.dtype for value in sums.values()} == {torch.float32}
+        assert math.sqrt(sum(float(value.double().square().sum()) for value in sums.values())) <= 0.1 * (1 + 1e-6)

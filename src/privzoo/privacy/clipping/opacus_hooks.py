@@ -53,11 +53,12 @@ class OpacusHooks:
         try:
             losses = self._forward(forward)
             units, count = checked_units(losses, unit_of_row)
-            self._backward(losses)
-            found = {name: self._per_unit(name, p, units, count, len(losses)) for name, p in parameters.items()}
+            with torch.autocast(losses.device.type, enabled=False):
+                self._backward(losses)
+                found = {name: self._per_unit(name, p, units, count, len(losses)) for name, p in parameters.items()}
         finally:
             self._take_off(parameters)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):  # the caller's would round sums to bf16
             squares = [g.reshape(count, -1).square().sum(1) for g in found.values()]
             norms = torch.stack(squares).sum(0).sqrt()
             factors = clip_factors(norms, clip_norm)
