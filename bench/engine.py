@@ -55,19 +55,22 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> Found:
         if run.returncode:
             found[variant] = "does not run: " + errors.strip().splitlines()[-1].split(": ", 1)[-1][:90]
     running = [v for v in variants if v not in found]
-    with started(row, running) as workers:
-        times: dict[str, list[float]] = {variant: [] for variant in running}
-        for turn in range(rounds):
-            for variant in running:
-                if turn == 0 or variant not in PEERS:
-                    times[variant].append(asked(workers[variant]))
+    pairs: dict[str, list[tuple[float, float]]] = {}  # by variant: its seconds and the base's, by round
+    with started(row, [v for v in running if v not in PEERS]) as workers:
+        for _ in range(rounds):
+            seconds = {variant: asked(each) for variant, each in workers.items()}
+            for variant, value in seconds.items():
+                pairs.setdefault(variant, []).append((value, seconds[base]))
+    for peer in [v for v in running if v in PEERS]:  # one at a time: some take many times the memory
+        with started(row, [base, peer]) as workers:
+            seconds = {variant: asked(each) for variant, each in workers.items()}
+            pairs[peer] = [(seconds[peer], seconds[base])]
     weights = {variant: answer("weigh", row, variant) for variant in running}
     for variant in running:
-        ratios = [t / b for t, b in zip(times[variant], times[base], strict=False)]
         bytes_ = (w / b for w, b in zip(weights[variant][:2], weights[base][:2], strict=True))
-        found[variant] = (statistics.median(ratios), *bytes_)
-    seconds = statistics.median(times[base])
-    print(f"  base {base}: {seconds:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
+        found[variant] = (statistics.median(value / beside for value, beside in pairs[variant]), *bytes_)
+    seconds_of_base = statistics.median(value for value, _ in pairs[base])
+    print(f"  base {base}: {seconds_of_base:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
     return found
 
 
@@ -89,7 +92,10 @@ def started(row: Row, variants: list[str]) -> Iterator[dict[str, subprocess.Pope
 def asked(process: subprocess.Popen) -> float:
     process.stdin.write("step\n")
     process.stdin.flush()
-    return float(process.stdout.readline())
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args} ended: {process.stderr.read()[-2000:] or 'no message (out of memory?)'}")
+    return float(line)
 
 
 def against_goal(row: Row, found: Found) -> str:
