@@ -258,7 +258,7 @@ def test_wrong_batches_are_refused_one_by_one(tiny_run) -> None:
 def test_tensor_that_never_moves_is_reported(tiny_run, epochs: float, releases: int) -> None:
     """PRIVACY 16: a trainable tensor that the optimizer does not know is named after 4 releases, or at the end."""
     run = tiny_run(some_plan(epochs=epochs), ROWS, unused=True)
-    run.method.make_optimizer = lambda parameters, lr: torch.optim.SGD(parameters[:1], lr=lr)
+    run.method.make_optimizer = lambda groups, lr: torch.optim.SGD(groups[0]["params"][:1], lr=lr)
     with pytest.raises(UserError, match=f"1 trainable tensors have not moved after {releases} releases, first unused"):
         run.fit()
     assert len(run.ledger.entries) == releases

@@ -110,7 +110,7 @@ def gradients(
             return GroupedBook(part, groups, sums, used, seen.used_once() if for_good else ())
 
         seen.book = fresh_book(for_good=False)
-        with torch.autocast(losses.device.type, enabled=False):  # the caller's: norms and sums would round to bf16
+        with torch.autocast(losses.device.type, enabled=False):  # the caller's: norms would be too small by up to 2^-8
             if losses.requires_grad:
                 _collect(seen, losses, fresh_book)
             unseen = [name for name, parameter in parameters.items() if parameter.grad is not None]

@@ -38,8 +38,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         anchor, *saved = ctx.saved_tensors
-        # Under the caller's autocast the products would be bf16, and norms too small by up to 2^-8.
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad():
             ctx.seen.arrived(ctx.key, gradient, ctx.collect, ctx.layouts, *saved)
         passed_on = gradient if ctx.needs_input_grad[0] else None
         return passed_on, torch.zeros_like(anchor), None, None, None, None, *(None for _ in saved)
