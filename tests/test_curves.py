@@ -10,9 +10,9 @@ from privzoo.privacy.callback import affordable, charged_twice
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.plan import Phase, PrivacyPlan
 
-ONE = PrivacyPlan(num_examples=2000, batch_size=100, epochs=1.5, delta=1e-5, epsilon=3.0)
+ONE = PrivacyPlan(num_examples=2000, batch_size=250, epochs=1, delta=1e-5, epsilon=3.0)
 DEAR_FIRST = PrivacyPlan(
-    num_examples=2000, batch_size=200, epochs=1, delta=1e-5, noise_multiplier=0.8, then=(Phase(100, 2, 1.0, 1.0),)
+    num_examples=2000, batch_size=400, epochs=1, delta=1e-5, noise_multiplier=0.8, then=(Phase(200, 1, 1.0, 1.0),)
 )
 
 

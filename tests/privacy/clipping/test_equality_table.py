@@ -3,6 +3,7 @@
 PRIVZOO_WRITE_DOCS=1 python -m pytest tests/privacy/clipping/test_equality_table.py     writes the table anew
 """
 
+import functools
 import math
 import os
 import runpy
@@ -20,6 +21,7 @@ MAY_BE_REFUSED = {"DeBERTa-v2"}
 HALF_FLOAT32 = {"BLOOM", "Llama", "Mistral", "Qwen2", "Gemma", "T5"}
 
 
+@functools.cache  # asked for by several tests
 def worst(name, engine, dtype, model_and_losses):
     """Largest relative difference from the loop, of norms and of the clipped sums of all parameters."""
     model, losses = model_and_losses(name, dtype)
