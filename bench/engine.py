@@ -44,8 +44,8 @@ def answer(kind: str, row: Row, variant: str):
     return json.loads(out)
 
 
-def measured(row: Row, rounds: int, wanted: list[str]) -> Found:
-    """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run."""
+def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, dict[str, dict[str, int]]]:
+    """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run; and bytes by maker."""
     base = base_of(row)
     variants = [base, *(v for v in VARIANTS if v != base and v in wanted and (row.peers or v not in PEERS))]
     found: Found = {}
@@ -71,7 +71,7 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> Found:
         found[variant] = (statistics.median(value / beside for value, beside in pairs[variant]), *bytes_)
     seconds_of_base = statistics.median(value for value, _ in pairs[base])
     print(f"  base {base}: {seconds_of_base:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
-    return found
+    return found, {variant: weight[2] for variant, weight in weights.items()}
 
 
 @contextmanager
@@ -111,13 +111,12 @@ def against_goal(row: Row, found: Found) -> str:
     return f"| {row.name} | {' | '.join(cells)} | {ahead if isinstance(ahead, str) else 'yes' if ahead else '**no**'} |"
 
 
-def explained(row: Row, found: Found) -> list[str]:
+def explained(row: Row, found: Found, kept: dict[str, dict[str, int]]) -> list[str]:
     """Where the time and the memory of a row go that missed its goal."""
     ours = found[OURS]
     if isinstance(ours, str) or all(value <= goal + 0.005 for value, goal in zip(ours, row.goal, strict=False)):
         return []
     seconds = {v: answer("profile", row, v) for v in (base_of(row), OURS)}
-    kept = {v: answer("weigh", row, v)[2] for v in (base_of(row), OURS)}
     whole = sum(seconds[base_of(row)].values())
     peak = sum(kept[base_of(row)].values())
     return [
@@ -149,14 +148,14 @@ def main(argv: list[str]) -> int:
     reasons = []
     for row in [row for row in ROWS if any(part in row.name for part in only)]:
         print(row.name, flush=True)
-        found = measured(row, rounds, wanted)
+        found, kept = measured(row, rounds, wanted)
         cells = [found.get(v, "") for v in VARIANTS]
         texts = [c if isinstance(c, str) else "{:.2f} / {:.2f} / {:.2f}".format(*c) for c in cells]
         lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
         print(lines[-1], flush=True)
         if OURS in found:
             goals.append(against_goal(row, found))
-            reasons += explained(row, found)
+            reasons += explained(row, found, kept)
             print("\n".join([goals[-1], *reasons[-1:]]), flush=True)
     lines += ["", f"Goals, for {OURS}:", "", *goals, "", *reasons]
     if "noise" in only or only == [""]:
