@@ -12,7 +12,7 @@ from privzoo.privacy.plan import Phase, PrivacyPlan
 
 ONE = PrivacyPlan(num_examples=2000, batch_size=250, epochs=1, delta=1e-5, epsilon=3.0)
 DEAR_FIRST = PrivacyPlan(
-    num_examples=2000, batch_size=400, epochs=1, delta=1e-5, noise_multiplier=0.8, then=(Phase(200, 1, 1.0, 1.0),)
+    num_examples=2000, batch_size=200, epochs=0.5, delta=1e-5, noise_multiplier=0.8, then=(Phase(100, 0.5, 1.0, 0.7),)
 )
 
 
