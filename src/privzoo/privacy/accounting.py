@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -124,12 +124,13 @@ def _root(excess: Callable[..., float], epsilon: float) -> float:
         return excess(log_noise, SEARCH_GRID)
 
     rough = optimize.brentq(coarse, *_bracket(coarse, epsilon), xtol=1e-3)
+    fine = cache(excess)  # brentq asks again for the ends of the bracket
     low, high = rough - 0.01, rough + 0.002
-    while excess(high) > 0:
+    while fine(high) > 0:
         high += 0.05
-    while excess(low) <= 0:
+    while fine(low) <= 0:
         low -= 0.05
-    return float(optimize.brentq(excess, low, high, xtol=5e-5))
+    return float(optimize.brentq(fine, low, high, xtol=5e-5))
 
 
 def _bracket(excess: Callable[[float], float], epsilon: float) -> tuple[float, float]:
