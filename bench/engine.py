@@ -139,13 +139,27 @@ def noise_line() -> str:
     return seconds_of_noise(MODELS["gpt2"](8, 128))
 
 
+def report(argv: list[str], rounds: int, lines: list[str], goals: list[str], rest: list[str]) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "opacus"))
+    head = (
+        f"`python bench/engine.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, {versions}, "
+        f"{rounds} rounds.\n\nTime / peak tensor bytes in the step / RSS growth, each over the ordinary step "
+        "(bitfit: over ordinary *full* fine-tuning).\n"
+    )
+    top = ["| | " + " | ".join(VARIANTS) + " |", "|---|" + "---|" * len(VARIANTS)]
+    second = ["| | time | goal | tensor bytes | goal | ahead of all peers that run |", "|---|---|---|---|---|---|"]
+    return "\n".join([head, *top, *lines, "", f"Goals, for {OURS}:", "", *second, *goals, "", *rest]) + "\n"
+
+
 def main(argv: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in argv)
     rounds, only = int(options.get("rounds", 3)), options.get("only", "").split(",")
     wanted = options.get("variants", ",".join(VARIANTS)).split(",")
-    lines = ["| | " + " | ".join(VARIANTS) + " |", "|---|" + "---|" * len(VARIANTS)]
-    goals = ["| | time | goal | tensor bytes | goal | ahead of all peers that run |", "|---|---|---|---|---|---|"]
-    reasons = []
+    out = Path(options.get("out", "bench/results/engine.md"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    goals: list[str] = []
+    reasons: list[str] = []
     for row in [row for row in ROWS if any(part in row.name for part in only)]:
         print(row.name, flush=True)
         found, kept = measured(row, rounds, wanted)
@@ -155,20 +169,13 @@ def main(argv: list[str]) -> int:
         print(lines[-1], flush=True)
         if OURS in found:
             goals.append(against_goal(row, found))
-            reasons += explained(row, found, kept)
-            print("\n".join([goals[-1], *reasons[-1:]]), flush=True)
-    lines += ["", f"Goals, for {OURS}:", "", *goals, "", *reasons]
+            why = explained(row, found, kept)
+            reasons += why
+            print("\n".join([goals[-1], *why]), flush=True)
+        out.write_text(report(argv, rounds, lines, goals, reasons))  # after each row: a long run may be cut short
     if "noise" in only or only == [""]:
-        lines += ["", noise_line()]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "opacus"))
-    head = (
-        f"`python bench/engine.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, {versions}, "
-        f"{rounds} rounds.\n\nTime / peak tensor bytes in the step / RSS growth, each over the ordinary step "
-        "(bitfit: over ordinary *full* fine-tuning).\n"
-    )
-    out = Path(options.get("out", "bench/results/engine.md"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([head, *lines]) + "\n")
+        reasons += ["", noise_line()]
+        out.write_text(report(argv, rounds, lines, goals, reasons))
     print(f"written to {out}")
     return 0
 
