@@ -63,6 +63,7 @@ class Progress(Callback):
         self._bar: Bar | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the bar (or, where there is no terminal, the lines)."""
         if not trainer.is_global_zero:
             return
         self._out = self.console or Console(force_terminal=sys.stdout.isatty())  # FORCE_COLOR would write to files
@@ -85,6 +86,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Shows a release that was made; the private loss is seen here alone."""
         if not trainer.is_global_zero:
             return
         loss = getattr(pl_module, "private_metrics", {}).get("private/loss")

@@ -38,7 +38,8 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         anchor, *saved = ctx.saved_tensors
-        with torch.no_grad():
+        # Off here too, whatever thread the backward pass runs in (on CUDA not the caller's).
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             ctx.seen.arrived(ctx.key, gradient, ctx.collect, ctx.layouts, *saved)
         passed_on = gradient if ctx.needs_input_grad[0] else None
         return passed_on, torch.zeros_like(anchor), None, None, None, None, *(None for _ in saved)
