@@ -19,8 +19,8 @@ LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_t
         "opacus_hooks", "grouped",
     )
 )  # fmt: skip
-PREFLIGHT_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
-    "privacy/preflight.py", "methods/first_order.py", "methods/trainable.py",
+PREFLIGHT_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
+    "privacy/preflight.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
 )  # fmt: skip
 
 ADD_CLIPPED = "book.add_clipped(sums, clip_factors(norms, clip_norm))"
@@ -28,7 +28,7 @@ LOST_BOUND = "bound = 4 * eps * terms\n        if bool((bound >"
 WEIGHTS = "factors.to(dtype)"
 ADD_PAIR = "if weight_name:\n            book.add_pair(weight_name, saved[0], gradient"
 RELEASE = "self.mechanism.release(sums, batch.release, self.weights)"
-ADD_MICRO_BATCH = "losses.append(self._add_clipped(micro_batch, clip_norm, sums))"
+ADD_MICRO_BATCH = "losses.append(found.losses)"
 
 CLIP_MUTANTS = [
     ("clip the sum of the micro-batch", "5", BOOK_KEEPING_PY, ADD_CLIPPED,
@@ -312,15 +312,16 @@ PREFLIGHT_MUTANTS = [
 ]  # fmt: skip
 
 METHOD_MUTANTS = [
-    ("divided by the realised batch", "3", FIRST_ORDER_PY, "self.mechanism.plan.at(batch.release).batch_size)",
-     'sum(len(m["labels"]) for m in batch.micro_batches) or 1)',
+    ("divided by the realised batch", "3", BASE_PY, "self.update(sums, setting)",
+     'self.update(sums, __import__("dataclasses").replace(setting, batch_size=sum(len(m["labels"]) for m in '
+     'batch.micro_batches) or 1))',
      (FIRST_ORDER + "a_release_is_clipped_sum_plus_noise_over_b",
       TWIN + "twin_is_torch_optim_on_the_same_draws[biases-constant]")),
-    ("the sum is not divided", "6", FIRST_ORDER_PY, "noisy_sums[name].div_(batch_size)", "noisy_sums[name]",
+    ("the sum is not divided", "6", FIRST_ORDER_PY, "noisy_sums[name].div_(setting.batch_size)", "noisy_sums[name]",
      (FIRST_ORDER + "a_release_is_clipped_sum_plus_noise_over_b",)),
     ("noise per micro-batch, in the method", "11", FIRST_ORDER_PY, ADD_MICRO_BATCH, f"{ADD_MICRO_BATCH}; {RELEASE}",
      (FIRST_ORDER + "one_noise_draw_a_release",)),
-    ("no noise on an empty draw", "19", FIRST_ORDER_PY, RELEASE, f"batch.micro_batches and {RELEASE}",
+    ("no noise on an empty draw", "19", BASE_PY, RELEASE, f"batch.micro_batches and {RELEASE}",
      (FIRST_ORDER + "an_empty_draw_releases_noise",)),
     ("only the last micro-batch counts", "11", FIRST_ORDER_PY, "clip_norm, into=sums)",
      "clip_norm, into=sums.update(zero_sums(self.trainable)) or sums)",
@@ -329,12 +330,12 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "a_stop_comes_between_micro_batches_and_before_noise",)),
     ("the batch's loss under a public name", "34", FIRST_ORDER_PY, '"private/loss"', '"loss"',
      (FIRST_ORDER + "private_numbers_are_named_so",)),
-    ("checkpoints hold the whole model", "26", FIRST_ORDER_PY, "if k in wanted}", "if k}",
+    ("checkpoints hold the whole model", "26", BASE_PY, "if k in wanted}", "if k}",
      (FIRST_ORDER + "a_checkpoint_holds_the_trained_part_alone",)),
-    ("units of several rows are drawn row by row", "37", FIRST_ORDER_PY,
+    ("units of several rows are drawn row by row", "37", BASE_PY,
      "if self.task.unit_of_row(on_device) is not None:", "if False:", (FIRST_ORDER + "units_of_several_rows_are_refused",)),
-    ("the schedule forgets the warm-up", "24", FIRST_ORDER_PY, "(steps - release) / (steps - rising)",
-     "(steps - release) / steps", (FIRST_ORDER + "learning_rate_by_hand",)),
+    ("the schedule forgets the warm-up", "24", BASE_PY, "(steps - index) / (steps - rising)",
+     "(steps - index) / steps", (FIRST_ORDER + "learning_rate_by_hand",)),
     ("whatever sounds like a bias is trained", "16", TRAINABLE_PY, '.endswith("bias")', '.count("") and "bias" in name',
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
     ("layer norm weights are trained with the biases", "16", TRAINABLE_PY, '.endswith("bias")',
@@ -342,8 +343,8 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "biases_trains_biases_and_head_and_nothing_else",)),
     ("the new head stays as drawn", "16", TRAINABLE_PY, "name in chosen or name in new_head", "name in chosen",
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
-    ("the head's rate for everything", "24", FIRST_ORDER_PY, "highest = [self.lr, self.lr * self",
-     "highest = 2 * [self.lr * self", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
+    ("the head's rate for everything", "24", BASE_PY, 'parts = [group["lr"] / self.lrs[0] for group in',
+     "parts = [self.head_lr_factor for group in", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
     ("a head alone is trained without a word", "16", TRAINABLE_PY, "if not chosen - set(new_head):", "if not chosen:",
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip

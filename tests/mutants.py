@@ -148,32 +148,34 @@ SAMPLING_MUTANTS = [
 ]  # fmt: skip
 
 RELEASE_CALL = "self.mechanism.release(sums, batch.release, self.weights)"
-UPDATE_CALL = "self.update(sums, self.mechanism.plan.at(batch.release).batch_size)"
+UPDATE_CALL = "self.update(sums, setting)"
+REPLACE = '__import__("dataclasses").replace('
 NOISE_ON_MEAN = f"""for total in sums.values():
-            total.div_(self.mechanism.plan.at(batch.release).batch_size)
+            total.div_(setting.batch_size)
         {RELEASE_CALL}
-        self.update(sums, 1)"""
-ADD_CLIPPED = "losses.append(self._add_clipped(micro_batch, clip_norm, sums))"
-REALISED = "self.update(sums, max(1, sum(len(next(iter(m.values()))) for m in batch.micro_batches)))"
+        self.update(sums, replace(setting, batch_size=1))""".replace("replace(", REPLACE)
+ADDED = "losses.append(found.losses)"
+ROWS = "sum(len(next(iter(m.values()))) for m in batch.micro_batches)"
+REALISED = f"self.update(sums, {REPLACE}setting, batch_size=max(1, {ROWS})))"
 SCHEDULED = "self.lr_schedulers().step()  # type: ignore[union-attr]"
 RELEASE_MUTANTS = [
-    Mutant("noise for the sum added to the mean", "6", "methods/first_order.py", f"{RELEASE_CALL}\n        {UPDATE_CALL}",
+    Mutant("noise for the sum added to the mean", "6", "methods/base.py", f"{RELEASE_CALL}\n        {UPDATE_CALL}",
            NOISE_ON_MEAN, (RELEASE + "noise_of_the_update",)),
-    Mutant("noise per micro-batch", "11", "methods/first_order.py", ADD_CLIPPED,
-           f"{ADD_CLIPPED}\n            {RELEASE_CALL}", (RELEASE + "micro_batches_make_one_release",)),
-    Mutant("no release at all", "6", "methods/first_order.py", RELEASE_CALL, "self.mechanism.draws += 1", SIZE_OF_NOISE[1:]),
-    Mutant("divide by the realised batch", "3", "methods/first_order.py", UPDATE_CALL, REALISED,
+    Mutant("noise per micro-batch", "11", "methods/first_order.py", ADDED,
+           f"{ADDED}\n            {RELEASE_CALL}", (RELEASE + "micro_batches_make_one_release",)),
+    Mutant("no release at all", "6", "methods/base.py", RELEASE_CALL, "self.mechanism.draws += 1", SIZE_OF_NOISE[1:]),
+    Mutant("divide by the realised batch", "3", "methods/base.py", UPDATE_CALL, REALISED,
            (RELEASE + "mean_divides_by_the_expected_batch_size",)),
-    Mutant("divisor from N", "4", "methods/first_order.py", UPDATE_CALL,
-           "self.update(sums, self.mechanism.plan.num_examples // self.mechanism.plan.steps)",
+    Mutant("divisor from N", "4", "methods/base.py", UPDATE_CALL,
+           f"self.update(sums, {REPLACE}setting, batch_size=self.mechanism.plan.num_examples // self.mechanism.plan.steps))",
            (RELEASE + "divisor_does_not_depend_on_the_number_of_examples[97]",)),
-    Mutant("skip empty batches", "19", "methods/first_order.py", "sums = self.query(batch)",
+    Mutant("skip empty batches", "19", "methods/base.py", "sums = self.query(batch)",
            "if not batch.micro_batches:\n            return\n        sums = self.query(batch)",
            (RELEASE + "empty_draws_release_noise_and_are_paid_for",)),
-    Mutant("no noise on empty batches", "19", "methods/first_order.py", RELEASE_CALL,
+    Mutant("no noise on empty batches", "19", "methods/base.py", RELEASE_CALL,
            "self.mechanism.release(sums if batch.micro_batches else {}, batch.release, self.weights)",
            (RELEASE + "empty_draws_release_noise_and_are_paid_for",)),
-    Mutant("noise keyed by weights of long ago", "35", "methods/first_order.py",
+    Mutant("noise keyed by weights of long ago", "35", "methods/base.py",
            f"{SCHEDULED}\n        self.weights = fingerprint(self.trainable.items())", SCHEDULED,
            (RELEASE + "noise_is_keyed_by_the_weights_that_the_sum_was_taken_at",)),
 ]  # fmt: skip

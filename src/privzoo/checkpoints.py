@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.errors import RunLost, UserError
 from privzoo.files import sync_folder
-from privzoo.methods.first_order import FirstOrder, Interrupted, seal_of
+from privzoo.methods.base import Interrupted, PrivateMethod, seal_of
 from privzoo.privacy.streams import RunKey
 
 
@@ -121,7 +121,7 @@ class StopOnSignal(Callback):
         self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, FirstOrder)
+        assert isinstance(pl_module, PrivateMethod)
         method = pl_module
 
         def ask(number: int, frame: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from privzoo.methods.first_order import FirstOrder
+from privzoo.methods.base import PrivateMethod
 from privzoo.privacy.accounting import SEARCH_GRID, Releases, epsilon_spent
 from privzoo.privacy.plan import PrivacyPlan
 
@@ -62,8 +62,8 @@ class Curves(Callback):
     ) -> None:
         step = trainer.global_step
         speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
-        assert isinstance(pl_module, FirstOrder)
-        lr = pl_module.lr * pl_module.lr_factor(step - 1)
+        assert isinstance(pl_module, PrivateMethod)
+        lr = pl_module.lr_at(step - 1)
         values = {"lr": lr, "examples_per_s": speed, **pl_module.private_metrics}
         if self.plan.private:
             values["epsilon"] = self.epsilon_at(step)

@@ -19,7 +19,7 @@ from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import Stopped
 from privzoo.files import write_json
 from privzoo.identity import digest_of_run, first_record, require_same_plan
-from privzoo.methods.first_order import FirstOrder, Interrupted
+from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.models.loading import LoadedModel
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
@@ -27,7 +27,7 @@ from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import GaussianMechanism
 from privzoo.privacy.plan import PrivacyPlan, default_delta
-from privzoo.privacy.preflight import check_engine, refuse_coupling_modules
+from privzoo.privacy.preflight import refuse_coupling_modules
 from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
 from privzoo.progress import Progress
@@ -85,11 +85,11 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         start = checkpoint["global_step"] if checkpoint else 0
         digest = digest_of_run(cfg, key, task, loaded, ledger, device, checkpoint)
         mechanism = GaussianMechanism(plan, key, digest)
-        method: FirstOrder = build(cfg.method)(
+        method: PrivateMethod = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
         )
         method.to(device).train()
-        _check_before(method, cfg, device)
+        _check_before(method)
         record = folder.record
         if record is None:
             record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
@@ -117,7 +117,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
 
 
 def _fit(
-    folder: RunFolder, method: FirstOrder, ledger: Ledger, record: RunRecord, start: int, loggers: list[RunLogger]
+    folder: RunFolder, method: PrivateMethod, ledger: Ledger, record: RunRecord, start: int, loggers: list[RunLogger]
 ) -> RunRecord:
     """All releases that are left; returns the record with what was reached.
 
@@ -166,7 +166,7 @@ def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, s
 
 
 def _finish(
-    folder: RunFolder, method: FirstOrder, ledger: Ledger, processor: Any, record: RunRecord, device: torch.device
+    folder: RunFolder, method: PrivateMethod, ledger: Ledger, processor: Any, record: RunRecord, device: torch.device
 ) -> RunRecord:
     """Score the last step, save model, card and record; the record comes last, and makes the run a finished one."""
     plan = method.mechanism.plan
@@ -191,7 +191,7 @@ def save_model(path: Path, model: Any, processor: Any) -> None:
     temporary.rename(path)
 
 
-def evaluate_now(method: FirstOrder, cfg: DictConfig, device: torch.device) -> dict[str, float]:
+def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
     """The task's metrics of the model as it is, on the validation split."""
     batches = validation_batches(method.task, cfg.microbatch_size, device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
@@ -206,17 +206,12 @@ def validation_batches(task: Task, microbatch_size: int, device: torch.device) -
         yield {name: value.to(device) for name, value in task.collate(rows).items()}
 
 
-def _check_before(method: FirstOrder, cfg: DictConfig, device: torch.device) -> None:
+def _check_before(method: PrivateMethod) -> None:
     task = method.task
     refuse_coupling_modules(method.model)
-
-    def losses(batch: MicroBatch) -> torch.Tensor:
-        return task.losses(method.model, {name: value.to(device) for name, value in batch.items()})
-
     by_length = sorted(range(min(64, len(task.train))), key=lambda i: task.length(task.train[i]))
     places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
-    rows = [task.train[i] for i in sorted({by_length[place] for place in places})]
-    check_engine(method.engine, method.model, losses, rows, task.collate, float(cfg.clip_norm))
+    method.preflight([task.train[i] for i in sorted({by_length[place] for place in places})])
 
 
 def _device(cfg: DictConfig) -> torch.device:

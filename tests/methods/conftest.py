@@ -99,8 +99,8 @@ def make_run():
     ):  # fmt: skip
         key, task = RunKey.for_tests(seed), Texts()
         method = FirstOrder(
-            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, engine, optimizer, lr,
-            **options,
+            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr,
+            engine=engine, **options,
         )  # fmt: skip
         draws = PoissonDraws(plan, key, "digest")
         batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)

@@ -91,8 +91,8 @@ class TinyRun:
         self.loader: Any = private_loader(self.batches)
         self.guard = PrivacyCallback(self.plan, self.ledger, self.digest)
         self.method = self.method_class(
-            Scores(self.rows.shape[1], self.unused), ScoreTask(), self.mechanism, "all", (), Loop, torch.optim.SGD,
-            lr=1.0, schedule="constant",
+            Scores(self.rows.shape[1], self.unused), ScoreTask(), self.mechanism, "all", (), torch.optim.SGD,
+            lr=1.0, schedule="constant", engine=Loop,
         )  # fmt: skip
         self.watch = Watch()
 

@@ -212,7 +212,7 @@ class DrawsTwice(FirstOrder):
 
 class ForgetsNoise(FirstOrder):
     def training_step(self, batch: LogicalBatch, batch_idx: int) -> None:
-        self.update(self.query(batch), 5)
+        self.update(self.query(batch), self.mechanism.plan.at(batch.release))
 
 
 @pytest.mark.parametrize(("wrong", "found"), [(StepsTwice, "2 optimizer steps and 1 "), (DrawsTwice, "1 .* and 2 noise"),

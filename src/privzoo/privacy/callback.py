@@ -24,6 +24,7 @@ class PrivateModule(Protocol):
     mechanism: GaussianMechanism
     weights: str  # fingerprint of the trainable parameters that the next release is taken at
     trainable: dict[str, torch.nn.Parameter]
+    active: dict[str, torch.nn.Parameter]  # those of them that the phase at hand trains
 
 
 class PrivacyCallback(Callback):
@@ -41,7 +42,7 @@ class PrivacyCallback(Callback):
         self.digest = digest
         self.left = 0
         self._before: dict[str, str] = {}
-        self._made = 0
+        self._made = self._phase_began = 0
 
     # ---- before training
 
@@ -62,6 +63,8 @@ class PrivacyCallback(Callback):
         if batch.release != trainer.global_step:
             raise RuntimeError(f"Expected release {trainer.global_step}, the loader gave release {batch.release}.")
         entry = self._entry(batch.release, _private(pl_module).weights)
+        if self.plan.at(batch.release).index == 0:
+            self._before, self._phase_began = _fingerprints(_private(pl_module)), self._made
         if self.left == 0 and entry not in self.ledger.entries:
             raise RuntimeError(f"Release {batch.release} would go past epsilon={self.plan.epsilon}.")
         try:
@@ -83,7 +86,7 @@ class PrivacyCallback(Callback):
                 f"Release {batch.release}: {trainer.global_step} optimizer steps and "
                 f"{_private(pl_module).mechanism.draws} noise draws, expected {batch.release + 1} and {self._made}."
             )
-        if self._made == min(MOVED_BY, self.plan.steps):
+        if self._made - self._phase_began == min(MOVED_BY, self.plan.at(batch.release).steps):
             self._check_moved(_private(pl_module))
         upcoming = self._entry(batch.release + 1, _private(pl_module).weights) if self._more(batch.release) else None
         if self.left == 0 and upcoming is not None and upcoming not in self.ledger.entries:
@@ -108,10 +111,11 @@ class PrivacyCallback(Callback):
         return Entry(release, setting.sample_rate, setting.noise_multiplier, clip_norm, self.digest, weights)
 
     def _check_moved(self, module: PrivateModule) -> None:
-        still = [name for name, value in _fingerprints(module).items() if self._before.get(name) == value]
+        now = _fingerprints(module)
+        still = [name for name in module.active if self._before.get(name) == now[name]]
         if still:
             raise UserError(
-                f"{len(still)} trainable tensors have not moved after {self._made} releases, first {still[0]}: "
+                f"{len(still)} trainable tensors have not moved after {self._made - self._phase_began} releases, first {still[0]}: "
                 "they get no gradient; freeze them (method.trainable=…) or correct the model."
             )
 

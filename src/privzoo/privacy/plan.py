@@ -38,9 +38,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class ReleaseSetting:
-    """What one release needs to know: the phase it belongs to and that phase's public numbers."""
+    """What one release needs to know: the phase it belongs to and that phase's public numbers.
 
+    `number` counts over the whole plan, `index` within the phase, which has `steps` releases; all from 0.
+    """
+
+    number: int
     phase: int
+    index: int
+    steps: int
     batch_size: int
     sample_rate: float
     noise_multiplier: float
@@ -160,11 +166,15 @@ class PrivacyPlan:
         """
         first = 0
         for number, phase in enumerate(self.phases):
-            if first <= release < first + self.steps_of(phase):
+            steps = self.steps_of(phase)
+            if first <= release < first + steps:
                 assert phase.noise_multiplier is not None
-                rate = phase.batch_size / self.num_examples
-                return ReleaseSetting(number, phase.batch_size, rate, phase.noise_multiplier, phase.clip_norm)
-            first += self.steps_of(phase)
+                return ReleaseSetting(
+                    number=release, phase=number, index=release - first, steps=steps, batch_size=phase.batch_size,
+                    sample_rate=phase.batch_size / self.num_examples, noise_multiplier=phase.noise_multiplier,
+                    clip_norm=phase.clip_norm,
+                )  # fmt: skip
+            first += steps
         raise IndexError(f"Expected 0 <= release={release} < steps={self.steps}: the plan pays for no other.")
 
     def releases(self, count: int | None = None) -> Releases:

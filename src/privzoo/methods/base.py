@@ -1,0 +1,226 @@
+"""What all methods share: a training step is one release, and how lr, optimizer and checkpoints follow the plan."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from privzoo.errors import UserError
+from privzoo.methods.trainable import select_trainable
+from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.plan import ReleaseSetting
+from privzoo.privacy.sampling import LogicalBatch, MicroBatch
+from privzoo.privacy.streams import RunKey
+from privzoo.tasks.base import Task
+
+Adapter = Callable[[nn.Module, tuple[str, ...]], tuple[nn.Module, tuple[str, ...]]]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; raised where weights and optimizer are whole."""
+
+
+class PrivateMethod(LightningModule):
+    """One release a training step: query, noise, update.
+
+    Formal guarantee: private data are touched in `query` alone, whose result moves by at most the plan's clip_norm when one
+    unit comes or goes; everything after `mechanism.release` is post-processing.
+
+    Args:
+        model: the pretrained model.
+        task: gives losses (R,) and the unit of each row.
+        mechanism: holds plan and noise.
+        trainable: what to train, see `select_trainable`; one for every phase of the plan if there are several.
+        new_head: names of freshly initialised parameters.
+        optimizer: partial of a torch optimizer, completed with parameters and lr.
+        lr: learning rate at its highest; one for every phase of the plan if there are several.
+        schedule: "linear" (to 0 at the last release) or "constant"; begins anew with each phase.
+        warmup: part of a phase's releases over which lr rises from 0.
+        head_lr_factor: the new head learns at so many times `lr`.
+        adapter: partial that gives the model parameters of its own (peft), or None; see `privzoo.models.adapters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        mechanism: GaussianMechanism,
+        trainable: str | Sequence[str],
+        new_head: Iterable[str],
+        optimizer: Callable[..., torch.optim.Optimizer],
+        lr: float | Sequence[float],
+        schedule: str = "linear",
+        warmup: float = 0.0,
+        head_lr_factor: float = 1.0,
+        adapter: Adapter | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold the trained part; on_load_checkpoint checks it
+        if schedule not in ("linear", "constant"):
+            raise UserError(f"Expected method.schedule={schedule} to be linear or constant.")
+        if not isinstance(warmup, (int, float)) or not 0 <= warmup < 1:
+            raise UserError(f"Expected 0 <= method.warmup={warmup} < 1.")
+        if not isinstance(head_lr_factor, (int, float)) or not 0 < head_lr_factor < math.inf:
+            raise UserError(f"Expected method.head_lr_factor={head_lr_factor} to be a number above 0.")
+        new_head = tuple(new_head)
+        self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
+        self.task = task
+        self.mechanism = mechanism
+        patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+        chosen = [select_trainable(self.model, pattern, self.new_head) for pattern in patterns]
+        self.trained_in = [tuple(names) for names in chosen]  # by phase
+        self.trainable = {n: p for n, p in self.model.named_parameters() if any(n in names for names in chosen)}
+        self.start_phase(0)
+        self.make_optimizer = optimizer
+        self.lrs = [lr] if isinstance(lr, (int, float)) else list(lr)  # by phase
+        self.schedule, self.warmup, self.head_lr_factor = schedule, warmup, head_lr_factor
+        self.weights = ""
+        self.private_metrics: dict[str, float] = {}
+        self.stop_requested = False
+
+    # ---- one release
+
+    def training_step(self, batch: LogicalBatch, batch_idx: int) -> None:
+        setting = self.mechanism.plan.at(batch.release)
+        if setting.index == 0 and setting.phase > 0:
+            self.start_phase(setting.phase)
+            self._optimizer().state.clear()  # the moments of gradients of other parameters, clipped otherwise
+        sums = self.query(batch)
+        # ---- private data end here ----
+        self.mechanism.release(sums, batch.release, self.weights)
+        self.update(sums, setting)
+
+    @abstractmethod
+    def query(self, batch: LogicalBatch) -> dict[str, Tensor]:
+        """Clipped sum over the logical batch; zeros for an empty draw.
+
+        Raises:
+            Interrupted: if a stop was asked for.
+        """
+
+    @abstractmethod
+    def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
+        """One optimizer step with released sums, divided by the expected batch size. It gets no data."""
+
+    @abstractmethod
+    def preflight(self, rows: Sequence[Any]) -> None:
+        """Try the query on a few encoded examples before the first release; the weights are afterwards what they were.
+
+        Raises:
+            UserError: if the bound on one example's contribution would not hold for this model and task.
+        """
+
+    def losses(self, micro_batch: MicroBatch) -> Tensor:
+        """The task's losses (R,) of a micro-batch, which is moved to the model's device.
+
+        Raises:
+            UserError: for units of several rows.
+        """
+        on_device = {name: value.to(self.device) for name, value in micro_batch.items()}
+        if self.task.unit_of_row(on_device) is not None:
+            raise UserError(
+                "The task has units of several rows, but rows are drawn one by one in this version: one unit would move the "
+                "sum by more than clip_norm; take one row a unit."
+            )
+        return self.task.losses(self.model, on_device)
+
+    @property
+    def active(self) -> dict[str, nn.Parameter]:
+        """What the phase at hand trains, by name; the rest of `trainable` rests."""
+        return {name: p for name, p in self.trainable.items() if p.requires_grad}
+
+    def start_phase(self, number: int) -> None:
+        """Let the parameters of this phase learn, and no others."""
+        for name, parameter in self.trainable.items():
+            parameter.requires_grad_(name in self.trained_in[number])
+
+    def finish_step(self) -> None:
+        """One step of optimizer and schedule, whose count is Lightning's global_step."""
+        optimizer = self._optimizer()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.weights = fingerprint(self.trainable.items())
+
+    def _optimizer(self) -> Any:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        return optimizer
+
+    # ---- learning rate
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self._parameter_groups(), lr=self.lrs[0])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr_at(release) / self.lrs[0])
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
+        head = [self.trainable[name] for name in self.new_head]
+        groups = [{"params": body, "lr": self.lrs[0]}, {"params": head, "lr": self.lrs[0] * self.head_lr_factor}]
+        return [group for group in groups if group["params"]]
+
+    def lr_at(self, release: int) -> float:
+        """Learning rate of a release; depends on its public index alone. 0 after the last one under "linear"."""
+        plan = self.mechanism.plan
+        if release >= plan.steps:
+            return 0.0 if self.schedule == "linear" else self.lrs[-1]
+        setting = plan.at(release)
+        return self.lrs[setting.phase] * self._part_of_lr(setting.index, setting.steps)
+
+    def _part_of_lr(self, index: int, steps: int) -> float:
+        rising = math.ceil(self.warmup * steps)
+        if index < rising:
+            return (index + 1) / (rising + 1)
+        return 1.0 if self.schedule == "constant" else (steps - index) / (steps - rising)
+
+    # ---- Lightning
+
+    def on_train_start(self) -> None:
+        start = self.global_step
+        if start:
+            self.start_phase(self.mechanism.plan.at(min(start, self.mechanism.plan.steps - 1)).phase)
+        self._take_over_lr()
+        self.weights = fingerprint(self.trainable.items())
+
+    def _take_over_lr(self) -> None:
+        """A resumed run may have another lr; the optimizer's state brought the old one along."""
+        schedule, optimizer = self.lr_schedulers(), self.optimizers()
+        parts = [group["lr"] / self.lrs[0] for group in self._parameter_groups()]
+        schedule.base_lrs = [self.lrs[0] * part for part in parts]  # type: ignore[union-attr]
+        for group, part in zip(optimizer.param_groups, parts, strict=True):  # type: ignore[union-attr]
+            group["initial_lr"], group["lr"] = self.lrs[0] * part, self.lr_at(self.global_step) * part
+
+    def transfer_batch_to_device(self, batch: LogicalBatch, device: torch.device, dataloader_idx: int) -> LogicalBatch:
+        return batch  # micro-batches move one at a time, in query
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        wanted = {f"model.{name}" for name in self.trainable}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
+        checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        expected = {f"model.{name}" for name in self.trainable}
+        if checkpoint["state_dict"].keys() != expected:
+            raise UserError(
+                f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "
+                "method trains: resume with the run's own configuration."
+            )
+        groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        if groups != [len(group["params"]) for group in self._parameter_groups()]:
+            raise UserError(
+                "The checkpoint's optimizer has other groups of parameters: another version made it; start again."
+            )
+
+
+def seal_of(checkpoint: dict[str, Any], key: RunKey) -> str:
+    """A code over what a checkpoint lets into a run (step, weights, optimizer state) that only this run can make."""
+    leaves = [leaf for leaf in tree_leaves(checkpoint["optimizer_states"]) if isinstance(leaf, Tensor)]
+    tensors = [*checkpoint["state_dict"].items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]
+    return key.seal(f"{checkpoint['global_step']} {fingerprint(tensors)}")
