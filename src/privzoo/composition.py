@@ -152,8 +152,8 @@ def _check_keywords(made: Any) -> None:
     if not isinstance(made, partial):
         return
     known = _arguments(made.func)
-    for key in made.keywords if known is not None else ():
-        if key not in known:
+    for key in made.keywords:
+        if known is not None and key not in known:
             raise UserError(f"{made.func.__qualname__} has no argument '{key}': it takes {', '.join(known)}.")
     for value in made.keywords.values():
         _check_keywords(value)
@@ -162,8 +162,8 @@ def _check_keywords(made: Any) -> None:
 def _arguments(function: Any) -> list[str] | None:
     """Names that a call takes; a class that hands `**rest` on takes what its parents take. None: it takes any."""
     found: list[str] = []
-    classes = [c.__init__ for c in function.__mro__ if "__init__" in vars(c)] if inspect.isclass(function) else [function]
-    for each in classes:
+    parents = inspect.getmro(function) if inspect.isclass(function) else ()
+    for each in [vars(c)["__init__"] for c in parents if "__init__" in vars(c)] or [function]:
         parameters = inspect.signature(each).parameters.values()
         found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):

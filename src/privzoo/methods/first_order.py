@@ -45,7 +45,7 @@ class FirstOrder(PrivateMethod):
         for micro_batch in batch.micro_batches:
             if self.stop_requested:
                 raise Interrupted
-            found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, into=sums)  # type: ignore[misc]
+            found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, into=sums)
             losses.append(found.losses)
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())

@@ -115,8 +115,8 @@ class PrivacyCallback(Callback):
         still = [name for name in module.active if self._before.get(name) == now[name]]
         if still:
             raise UserError(
-                f"{len(still)} trainable tensors have not moved after {self._made - self._phase_began} releases, first {still[0]}: "
-                "they get no gradient; freeze them (method.trainable=…) or correct the model."
+                f"{len(still)} trainable tensors have not moved after {self._made - self._phase_began} releases, first "
+                f"{still[0]}: they get no gradient; freeze them (method.trainable=…) or correct the model."
             )
 
 
