@@ -162,10 +162,11 @@ def _check_keywords(made: Any) -> None:
 def _arguments(function: Any) -> list[str] | None:
     """Names that a call takes; a class that hands `**rest` on takes what its parents take. None: it takes any."""
     found: list[str] = []
-    parents = inspect.getmro(function) if inspect.isclass(function) else ()
-    for each in [vars(c)["__init__"] for c in parents if "__init__" in vars(c)] or [function]:
+    classes = inspect.getmro(function)[1:-1] if inspect.isclass(function) else ()
+    parents = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)]
+    for each in [function, *parents]:
         parameters = inspect.signature(each).parameters.values()
         found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return found
+            return list(dict.fromkeys(found))
     return None
