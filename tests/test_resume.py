@@ -113,8 +113,8 @@ def two_phases(privzoo, tmp_path_factory):
 @pytest.mark.parametrize(
     "kill",
     [("fsync ledger.jsonl", 4, "after"), ("replace last.ckpt", 2, "after"), ("fsync ledger.jsonl", 5, "after"),
-     ("fsync ledger.jsonl", 6, "after")],
-    ids=["before the boundary", "at the boundary", "behind the boundary", "a release later"],
+     ("fsync ledger.jsonl", 7, "after")],
+    ids=["before the boundary", "at the boundary", "behind the boundary", "within the second phase"],
 )  # fmt: skip
 def test_two_phases_are_one_account_on_both_sides_of_the_boundary(privzoo, two_phases, tmp_path, kill):
     at, count, when = kill

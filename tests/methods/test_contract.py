@@ -38,7 +38,7 @@ METHODS = {
     "dp_full": [], "dp_bitfit": [], "dp_lora": [], "dp_head": [], "dp_qlora": [],
     "dp_bitfit with new biases": ["method.add_bias=true"],
     "dp_full of the last block": ["method.trainable='(layers|layer|h)[.]1[.]'"],
-    "dp_bitfit_two_phase": ["method.phases=[{epochs: 0.4, trainable: all, lr: 0.01},{trainable: biases}]"],
+    "dp_bitfit_two_phase": ["method.phases=[{epochs: 0.4, trainable: all, lr: 0.02},{trainable: biases}]"],
 }  # fmt: skip
 
 
@@ -133,10 +133,12 @@ def test_contract(method, architecture, bases, tmp_path):
     _one_example_moves_the_sum_by_at_most_c(run)
     assert length(private.query(LogicalBatch(0, ()))) == 0
     before = {name: value.clone() for name, value in private.model.state_dict().items()}
+    rest = private.fingerprint_of_the_rest()
     trainer = run.fit()
     assert trainer.global_step == private.mechanism.draws == private.mechanism.plan.steps
     moved = {n for n, value in private.model.state_dict().items() if not torch.equal(value, before[n])}
     assert moved == set(private.trainable)
+    assert private.fingerprint_of_the_rest() == rest
     _reloads_without_privzoo(run, architecture, bases(architecture), tmp_path)
 
 
@@ -190,10 +192,19 @@ def test_the_twin_is_ordinary_training(method, bases):
             parameter.requires_grad_(any(parameter is each for each in trained))
         for group in optimizer.param_groups:
             part = 1.0 if method == "dp_qlora" else (setting.steps - setting.index) / setting.steps
-            group["lr"] = 0.01 * part
+            group["lr"] = (0.02 if len(plan.phases) > setting.phase + 1 else 0.01) * part
         rows = [run.batches.rows[int(i)] for i in run.draws(release)]
         (private.task.losses(model, private.task.collate(rows)).sum() / 8).backward()
         optimizer.step()
     for name, parameter in private.trainable.items():
         torch.testing.assert_close(parameter, parameters[name], rtol=1e-4, atol=2e-5)
         assert not torch.equal(parameter, weights[name])
+
+
+def test_a_frozen_weight_that_moves_is_noticed(bases):
+    """PRIVACY line 26: a run compares this before its first release and after its last one."""
+    private = make("dp_qlora", "opt", bases("opt")).method
+    before = private.fingerprint_of_the_rest()
+    (base, *_) = (p for n, p in private.model.named_parameters() if p.dtype == torch.uint8)
+    base.data.view(-1)[0] ^= 1
+    assert private.fingerprint_of_the_rest() != before
