@@ -2,11 +2,14 @@
 tests/mutants.py."""
 
 FUNCTIONS = "tests/privacy/clipping/test_functions.py::test_"
+ADAPTIVE, ADAPTIVE_RUN = "tests/privacy/clipping/test_adaptive.py::test_", "tests/methods/test_adaptive.py::test_"
 (FUNCTIONS_PY, LOOP_PY, BOOK_KEEPING_PY, GROUPED_PY, TWO_PASS_PY, OPACUS_PY) = (
     f"privacy/clipping/{name}.py"
     for name in ("functions", "loop", "book_keeping", "grouped", "ghost_two_pass", "opacus_hooks")
 )
 PREFLIGHT_PY = "privacy/preflight.py"
+ADAPTIVE_PY, NOISE_PY = "privacy/clipping/adaptive.py", "privacy/noise.py"
+BASE_PY, FIRST_ORDER_PY = "methods/base.py", "methods/first_order.py"
 
 FUNCTION_MUTANTS = [
     ("AUTO-V divides by a norm that has underflowed", "5", FUNCTIONS_PY, "norms.clamp(min=SMALLEST_NORM)",
@@ -43,4 +46,55 @@ FUNCTION_MUTANTS = [
      "", (FUNCTIONS + "the_preflight_refuses_a_wrong_function",)),
 ]  # fmt: skip
 
-CLIPPING_MUTANTS = [*FUNCTION_MUTANTS]
+SPLIT = "left = sigma**-2 - (2 * count_noise) ** -2"
+ADAPTIVE_MUTANTS = [
+    ("the count is free", "6", ADAPTIVE_PY, SPLIT, "left = sigma**-2",
+     (ADAPTIVE + "two_sums_cost_what_one_of_sigma_costs", ADAPTIVE + "noise_by_hand")),
+    ("the count costs as if it moved by one", "6", ADAPTIVE_PY, SPLIT, "left = sigma**-2 - count_noise**-2",
+     (ADAPTIVE + "two_sums_cost_what_one_of_sigma_costs",)),
+    ("b_i released in place of b_i - 1/2", "5", ADAPTIVE_PY, " - COUNT_SENSITIVITY * len(each)", "",
+     (ADAPTIVE + "count_by_hand", ADAPTIVE_RUN + "one_example_moves_both_sums_by_no_more_than_their_sensitivity")),
+    ("an example without a finite norm counts by no bound", "9", ADAPTIVE_PY, " & each.isfinite()", " | each.isnan()",
+     (ADAPTIVE + "count_by_hand",)),
+    ("noise of the first C for all", "6", ADAPTIVE_PY, "of_gradients * clip_norm)", "of_gradients * setting.clip_norm)",
+     (ADAPTIVE + "parts_by_hand", ADAPTIVE + "each_part_gets_its_own_noise")),
+    ("the plan's sigma on the gradients, noise on the count besides", "6", ADAPTIVE_PY,
+     "return left**-0.5, count_noise", "return sigma, count_noise", (ADAPTIVE + "noise_by_hand",)),
+    ("a count that takes the whole budget accepted", "6", ADAPTIVE_PY, "if left <= 0:", "if left < -1e9:",
+     (ADAPTIVE + "a_count_that_takes_the_whole_budget[0.5]",)),
+    ("C_t moves the wrong way", "34", ADAPTIVE_PY, "torch.exp(-self.rate", "torch.exp(self.rate",
+     (ADAPTIVE + "update_by_hand", ADAPTIVE + "it_finds_the_quantile")),
+    ("the part without its half", "3", ADAPTIVE_PY, "/ setting.batch_size + 0.5", "/ setting.batch_size",
+     (ADAPTIVE + "update_by_hand",)),
+    ("C_t grows without bound", "5", ADAPTIVE_PY, "moved.clamp(1 / FARTHEST, FARTHEST)", "moved",
+     (ADAPTIVE + "it_neither_vanishes_nor_overflows",)),
+    ("parts that the plan does not pay for are released", "6", NOISE_PY,
+     "if not cost <= noise_multiplier**-2 * (1 + 1e-9):", "if cost < 0:",
+     (ADAPTIVE + "parts_that_the_plan_does_not_pay_for[parts0-of a noise multiplier of 1.41421 in all, found 1.407]",
+      ADAPTIVE + "parts_that_the_plan_does_not_pay_for[parts2-found 0]")),
+    ("a sum in two parts", "6", NOISE_PY,
+     "if Counter(name for part in parts for name in part.names) != Counter(sums):", "if False:",
+     (ADAPTIVE + "parts_that_the_plan_does_not_pay_for[parts8-in exactly one part]",)),
+    ("one noise for all parts", "6", NOISE_PY, "self._add_noise(total, stds[name],", "self._add_noise(total, noise_std,",
+     (ADAPTIVE + "each_part_gets_its_own_noise", ADAPTIVE_RUN + "releases_by_hand")),
+    ("gradients clipped to the plan's C, noise for C_t", "5", FIRST_ORDER_PY,
+     "clip_norm = setting.clip_norm if self.adaptive is None else self.adaptive.clip_norm(setting)\n        sums",
+     "clip_norm = setting.clip_norm\n        sums", (ADAPTIVE_RUN + "releases_by_hand",)),
+    ("C_t of one phase goes on into the next", "6", FIRST_ORDER_PY, "self.adaptive.scale.fill_(1)", "pass",
+     (ADAPTIVE_RUN + "a_new_phase_begins_at_its_own_clip_norm",)),
+    ("later phases unchecked", "6", ADAPTIVE_PY, "self.noise_multipliers(plan.at(first))",
+     "self.noise_multipliers(plan.at(0))", (ADAPTIVE_RUN + "every_phase_is_checked",)),
+    ("C_t does not key the noise", "35 36", BASE_PY, "[*self.trainable.items(), *self._own_state().items()]",
+     "[*self.trainable.items()]",
+     (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise", ADAPTIVE_RUN + "releases_by_hand")),
+    ("C_t missing from the checkpoint", "35", BASE_PY,
+     "        wanted = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n",
+     "        wanted = {f\"model.{name}\" for name in self.trainable}\n",
+     (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
+    ("a checkpoint without C_t goes on", "35", BASE_PY,
+     "        expected = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n",
+     "        expected = checkpoint[\"state_dict\"].keys()\n",
+     (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
+]  # fmt: skip
+
+CLIPPING_MUTANTS = [*FUNCTION_MUTANTS, *ADAPTIVE_MUTANTS]

@@ -27,7 +27,7 @@ ADD_CLIPPED = "book.add_clipped(sums, self.clipping(norms, clip_norm))"
 LOST_BOUND = "bound = 4 * eps * terms\n        if bool((bound >"
 WEIGHTS = "factors.to(dtype)"
 ADD_PAIR = "if weight_name:\n            book.add_pair(weight_name, saved[0], gradient"
-RELEASE = "self.mechanism.release(sums, batch.release, self.weights)"
+RELEASE = "self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))"
 ADD_MICRO_BATCH = "losses.append(found.losses)"
 
 CLIP_MUTANTS = [

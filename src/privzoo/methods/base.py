@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from privzoo.errors import UserError
 from privzoo.methods.trainable import select_trainable
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import GaussianMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 from privzoo.privacy.streams import RunKey
@@ -93,7 +93,7 @@ class PrivateMethod(LightningModule):
             self._optimizer().state.clear()  # the moments of gradients of other parameters, clipped otherwise
         sums = self.query(batch)
         # ---- private data end here ----
-        self.mechanism.release(sums, batch.release, self.weights)
+        self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
         self.update(sums, setting)
 
     @abstractmethod
@@ -103,6 +103,10 @@ class PrivateMethod(LightningModule):
         Raises:
             Interrupted: if a stop was asked for.
         """
+
+    def parts(self, release: int) -> list[Part] | None:
+        """Sensitivity and noise of each part of the query; None: one part, of the plan's clip_norm."""
+        return None
 
     @abstractmethod
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
@@ -146,7 +150,14 @@ class PrivateMethod(LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.weights = fingerprint(self.trainable.items())
+        self.weights = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Of the weights, and of buffers of the method's own (a clip norm that adapts): what the next sum is taken at."""
+        return fingerprint([*self.trainable.items(), *self._own_state().items()])
+
+    def _own_state(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self.named_buffers() if not name.startswith("model.")}
 
     def _optimizer(self) -> Any:
         optimizer = self.optimizers()
@@ -187,7 +198,7 @@ class PrivateMethod(LightningModule):
         if start:
             self.start_phase(self.mechanism.plan.at(min(start, self.mechanism.plan.steps - 1)).phase)
         self._take_over_lr()
-        self.weights = fingerprint(self.trainable.items())
+        self.weights = self._fingerprint()
 
     def _take_over_lr(self) -> None:
         """A resumed run may have another lr; the optimizer's state brought the old one along."""
@@ -201,12 +212,12 @@ class PrivateMethod(LightningModule):
         return batch  # micro-batches move one at a time, in query
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        wanted = {f"model.{name}" for name in self.trainable}
+        wanted = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
         checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = {f"model.{name}" for name in self.trainable}
+        expected = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
         if checkpoint["state_dict"].keys() != expected:
             raise UserError(
                 f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "

@@ -7,6 +7,7 @@
 (['bias', 'weight'], torch.Size([3]))
 """
 
+from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.clipping.book_keeping import BookKeeping
 from privzoo.privacy.clipping.engine import ClippedSums, clip_factors
 from privzoo.privacy.clipping.functions import AutoS, AutoV, Flat
@@ -16,6 +17,6 @@ from privzoo.privacy.clipping.loop import Loop
 from privzoo.privacy.clipping.opacus_hooks import OpacusHooks
 
 __all__ = [
-    "AutoS", "AutoV", "BookKeeping", "ClippedSums", "Flat", "GhostTwoPass", "Loop", "OpacusHooks", "UnsupportedUse",
-    "clip_factors",
+    "AdaptiveClip", "AutoS", "AutoV", "BookKeeping", "ClippedSums", "Flat", "GhostTwoPass", "Loop", "OpacusHooks",
+    "UnsupportedUse", "clip_factors",
 ]  # fmt: skip
