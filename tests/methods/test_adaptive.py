@@ -49,13 +49,13 @@ def test_a_new_phase_begins_at_its_own_clip_norm(make_run):
 
 def test_releases_by_hand(make_run, plans):
     """Gradients and count row by row at the weights of the run, clipped to a C_t of our own, with noise of the two stds."""
-    plan = plans()
+    plan = plans(clip_norm=3.0)
     run = make_run(plan, optimizer=torch.optim.SGD, lr=0.1, schedule="constant", adaptive=AdaptiveClip(count_noise=1.0))
     model, adaptive, lengths = make_run(plan).method.model, AdaptiveClip(count_noise=1.0), []
     trained, task = dict(model.named_parameters()), run.method.task
     run.fit()
     for release, after in enumerate(run.recorder.weights):
-        setting, clip_norm = plan.at(release), 0.5 * float(adaptive.scale)
+        setting, clip_norm = plan.at(release), 3.0 * float(adaptive.scale)
         sums, count = {name: torch.zeros_like(p) for name, p in trained.items()}, torch.zeros(1)
         for index in run.draws(release):
             loss = task.losses(model, task.collate([run.batches.rows[int(index)]])).sum()
