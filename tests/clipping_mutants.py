@@ -84,7 +84,7 @@ ADAPTIVE_MUTANTS = [
      (ADAPTIVE_RUN + "a_new_phase_begins_at_its_own_clip_norm",)),
     ("later phases unchecked", "6", ADAPTIVE_PY, "self.noise_multipliers(plan.at(first))",
      "self.noise_multipliers(plan.at(0))", (ADAPTIVE_RUN + "every_phase_is_checked",)),
-    ("C_t does not key the noise", "35 36", BASE_PY, "[*self.trainable.items(), *self._own_state().items()]",
+    ("C_t does not key the noise", "35 36", BASE_PY, "[*self.trainable.items(), *own]",
      "[*self.trainable.items()]",
      (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise", ADAPTIVE_RUN + "releases_by_hand")),
     ("C_t missing from the checkpoint", "35", BASE_PY,

@@ -171,7 +171,8 @@ def _finish(
     """Score the last step, save model, card and record; the record comes last, and makes the run a finished one."""
     plan = method.mechanism.plan
     metrics = evaluate_now(method, folder.cfg, device)
-    save_model(folder.model, method.model, processor)
+    with method.published():
+        save_model(folder.model, method.model, processor)
     card = privacy_card(plan, ledger, method.mechanism.key.is_test_key, folder.cfg.logger.private)
     write_json(folder.card, card)
     state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
@@ -192,9 +193,9 @@ def save_model(path: Path, model: Any, processor: Any) -> None:
 
 
 def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
-    """The task's metrics of the model as it is, on the validation split."""
+    """The task's metrics of the model as it is, or of the average of its weights, on the validation split."""
     batches = validation_batches(method.task, cfg.microbatch_size, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+    with method.published(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
         return method.task.evaluate(method.model, batches)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from privzoo.methods.base import Interrupted, PrivateMethod
+from privzoo.methods.optimizers import tell_noise
 from privzoo.privacy.clipping.adaptive import COUNT, AdaptiveClip
 from privzoo.privacy.clipping.engine import ClippedSums, zero_sums
 from privzoo.privacy.noise import Part
@@ -97,9 +98,7 @@ class FirstOrder(PrivateMethod):
             of_gradients = setting.noise_multiplier if adaptive is None else adaptive.noise_multipliers(setting)[0]
             clip_norm = setting.clip_norm if adaptive is None else adaptive.clip_norm(setting)
             noise_std = of_gradients * clip_norm / setting.batch_size
-        for group in self._optimizer().param_groups:
-            if "noise_std" in group:
-                group["noise_std"] = noise_std
+        tell_noise(self._optimizer(), noise_std)
 
     def preflight(self, rows: Sequence[Any]) -> None:
         """Compare the engine with the definition in every phase, see `check_engine`."""
