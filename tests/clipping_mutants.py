@@ -9,7 +9,11 @@ ADAPTIVE, ADAPTIVE_RUN = "tests/privacy/clipping/test_adaptive.py::test_", "test
 )
 PREFLIGHT_PY = "privacy/preflight.py"
 ADAPTIVE_PY, NOISE_PY = "privacy/clipping/adaptive.py", "privacy/noise.py"
-BASE_PY, FIRST_ORDER_PY = "methods/base.py", "methods/first_order.py"
+OPTIMIZERS, AVERAGE = "tests/methods/test_optimizers.py::test_", "tests/methods/test_average.py::test_"
+STATE = "tests/test_resume_state.py::test_"
+BASE_PY, FIRST_ORDER_PY, OPTIMIZERS_PY, DP_ADAM_PY, AVERAGE_PY = (
+    f"methods/{name}.py" for name in ("base", "first_order", "optimizers", "dp_adam", "average")
+)
 
 FUNCTION_MUTANTS = [
     ("AUTO-V divides by a norm that has underflowed", "5", FUNCTIONS_PY, "norms.clamp(min=SMALLEST_NORM)",
@@ -91,10 +95,46 @@ ADAPTIVE_MUTANTS = [
      "        wanted = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n",
      "        wanted = {f\"model.{name}\" for name in self.trainable}\n",
      (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
-    ("a checkpoint without C_t goes on", "35", BASE_PY,
-     "        expected = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n",
-     "        expected = checkpoint[\"state_dict\"].keys()\n",
-     (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
 ]  # fmt: skip
 
-CLIPPING_MUTANTS = [*FUNCTION_MUTANTS, *ADAPTIVE_MUTANTS]
+GOES_ON = OPTIMIZERS + "it_trains_and_goes_on_from_a_checkpoint"
+OPTIMIZER_MUTANTS = [
+    ("the noise stays in the second moment", "6", DP_ADAM_PY, "state[\"exp_avg_sq\"] / correction - noise_square)",
+     "state[\"exp_avg_sq\"] / correction)", (OPTIMIZERS + "two_steps_by_hand",)),
+    ("the noise of the last release alone is taken off", "6", DP_ADAM_PY,
+     "noise_square = state[\"noise_square\"] / correction", "noise_square = group[\"noise_std\"] ** 2",
+     (OPTIMIZERS + "two_steps_by_hand",)),
+    ("a standard deviation taken for a variance", "6", DP_ADAM_PY, "group[\"noise_std\"] ** 2", "group[\"noise_std\"]",
+     (OPTIMIZERS + "two_steps_by_hand",)),
+    ("the floor is one, noise or not", "6", DP_ADAM_PY, "min=group[\"floor\"] * noise_square", "min=group[\"floor\"]",
+     (OPTIMIZERS + "without_noise_it_is_adam", OPTIMIZERS + "the_floor_by_hand")),
+    ("it is told sigma C, not sigma C / B", "6", FIRST_ORDER_PY, "of_gradients * clip_norm / setting.batch_size",
+     "of_gradients * clip_norm", (OPTIMIZERS + "the_method_tells_it_the_noise_on_the_mean",)),
+    ("it is told the noise of the plan's C", "6", FIRST_ORDER_PY,
+     "clip_norm = setting.clip_norm if adaptive is None else adaptive.clip_norm(setting)\n            noise",
+     "clip_norm = setting.clip_norm\n            noise",
+     (OPTIMIZERS + "it_is_told_the_noise_of_the_clip_norm_that_adapts",)),
+    ("the head is told nothing", "6", OPTIMIZERS_PY, "for group in optimizer.param_groups:",
+     "for group in optimizer.param_groups[:1]:", (OPTIMIZERS + "the_method_tells_it_the_noise_on_the_mean",)),
+    ("the loss is looked at again within a step", "5", OPTIMIZERS_PY,
+     "closure is not None and closure.default is inspect.Parameter.empty", "False",
+     (OPTIMIZERS + "what_cannot_be_used_is_refused_in_a_sentence",)),
+    ("numbers of the optimizer are not sealed", "35", BASE_PY, "*held])} {numbers}", "*held])}",
+     (OPTIMIZERS + "the_seal_covers_numbers_of_the_optimizer",)),
+    ("an average takes the place of the weights", "35", AVERAGE_PY, "parameter.copy_(kept[name])", "kept[name].clone()",
+     (AVERAGE + "by_hand_and_training_knows_nothing_of_it", AVERAGE + "scored_at_the_other_point_and_back_to_the_bit")),
+    ("the way back rounds", "35", AVERAGE_PY, "kept = {name: parameter.detach().clone()",
+     "kept = {name: parameter.detach()", (AVERAGE + "scored_at_the_other_point_and_back_to_the_bit",)),
+    ("the last weights are scored", "35", AVERAGE_PY, "        average.copy_to(parameters)", "        average.begun",
+     (AVERAGE + "by_hand_and_training_knows_nothing_of_it",)),
+    ("averaged in the model's dtype", "27", AVERAGE_PY, "torch.promote_types(p.dtype, torch.float32)", "p.dtype",
+     (AVERAGE + "in_bf16_it_is_kept_in_float32",)),
+    ("a lost average is not missed", "35", BASE_PY,
+     "        expected = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n"
+     "        if checkpoint[\"state_dict\"].keys() != expected:\n",
+     "        if False:\n", (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
+    ("noise hangs on the average", "35", BASE_PY, ' if not name.startswith("average.")]', "]",
+     (AVERAGE + "the_checkpoint_holds_it_sealed_and_no_noise_hangs_on_it",)),
+]  # fmt: skip
+
+CLIPPING_MUTANTS = [*FUNCTION_MUTANTS, *ADAPTIVE_MUTANTS, *OPTIMIZER_MUTANTS]
