@@ -3,13 +3,13 @@
 import hashlib
 import inspect
 import math
+import pkgutil
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from privzoo.config import run_id
@@ -97,9 +97,20 @@ def _foreign_code(content: Any) -> list[str]:
     found = _foreign_code(list(content.values()))
     target = content.get("_target_")
     if isinstance(target, str) and not target.startswith(("privzoo.", "torch.")):
-        file = inspect.getsourcefile(get_object(target.rpartition(".")[0]))
+        file = inspect.getsourcefile(_imported(target))
         found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else target)
     return found
+
+
+def _imported(target: str) -> Any:
+    """What holds a `_target_`; an optimizer may be of a package that is not installed."""
+    try:
+        return pkgutil.resolve_name(target.rpartition(".")[0])  # hydra's own look-up logs an error of several lines
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"_target_={target} cannot be imported ({error}): correct it, or install its package "
+            "(pip install 'privzoo[optimizers]' for schedulefree and bitsandbytes)."
+        ) from error
 
 
 def _weights_of(checkpoint: dict[str, Any]) -> str:
