@@ -133,6 +133,10 @@ OPTIMIZER_MUTANTS = [
      "        expected = {f\"model.{name}\" for name in self.trainable} | self._own_state().keys()\n"
      "        if checkpoint[\"state_dict\"].keys() != expected:\n",
      "        if False:\n", (ADAPTIVE_RUN + "the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise",)),
+    ("a resume takes the average for weights", "35", "identity.py", ' if not name.startswith("average.")}', "}",
+     (AVERAGE + "the_checkpoint_holds_it_sealed_and_no_noise_hangs_on_it",)),
+    ("the last weights are saved", "35", "run.py", "    with method.published():\n        save_model(", "    if True:\n        save_model(",
+     (STATE + "what_is_saved_and_scored_is_the_average",)),
     ("noise hangs on the average", "35", BASE_PY, ' if not name.startswith("average.")]', "]",
      (AVERAGE + "the_checkpoint_holds_it_sealed_and_no_noise_hangs_on_it",)),
 ]  # fmt: skip

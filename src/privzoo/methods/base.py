@@ -170,7 +170,9 @@ class PrivateMethod(LightningModule):
         return fingerprint([*self.trainable.items(), *own])
 
     def _own_state(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+        """State of every part but the model (whose own would be packed anew each time if it is quantised)."""
+        parts = [part.state_dict(prefix=f"{name}.") for name, part in self.named_children() if part is not self.model]
+        return {name: value for part in parts for name, value in part.items()}
 
     def published(self) -> AbstractContextManager[None]:
         """Meanwhile the model holds the weights that are scored and saved, see `weights_to_publish`."""
