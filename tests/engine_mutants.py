@@ -349,12 +349,13 @@ METHOD_MUTANTS = [
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 
+BY_GROUP = "grouping(parameters, self.groups, clip_norm, self.clipping)"
 GROUPED_MUTANTS = [
     ("each layer clipped to the whole norm", "5", GROUPED_PY, "clip_norm / math.sqrt(max(1, len(set(of.values()))))",
      "clip_norm", (GROUPED + "by_hand[BookKeeping]", GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]")),
     ("each parameter a group of its own, with a layer's share", "5", GROUPED_PY, "Grouping(of, clip_norm /",
      "Grouping({name: name for name in of}, clip_norm /", (GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]",)),
-    ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, "grouping(parameters, self.groups, clip_norm, self.clipping)",
+    ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, BY_GROUP,
      "grouping(list(parameters)[:2], self.groups, clip_norm)", (GROUPED + "groups_hang_on_the_model_alone",)),
     ("a group is clipped before it is complete", "5 15", GROUPED_PY, "if group in self.early and not self.missing[group]",
      "if group in self.early", (GROUPED + "equals_the_loop[rows-layer norm]",)),

@@ -34,7 +34,9 @@ def checkpoint_of(run: Path) -> dict:
     return torch.load(run / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize(("at", "count"), [("fsync ledger.jsonl", 5), ("replace privacy.json", 1)], ids=["between", "at the end"])
+@pytest.mark.parametrize(
+    ("at", "count"), [("fsync ledger.jsonl", 5), ("replace privacy.json", 1)], ids=["between", "at the end"]
+)
 def test_a_killed_run_goes_on_to_the_same_state(privzoo, straight, tmp_path, at, count):
     """Killed in its fifth release, with a checkpoint of the third, or when all releases were made; without validation,
     which must not change what comes after it."""

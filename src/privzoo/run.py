@@ -195,7 +195,10 @@ def save_model(path: Path, model: Any, processor: Any) -> None:
 def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
     """The task's metrics of the model as it is, or of the average of its weights, on the validation split."""
     batches = validation_batches(method.task, cfg.microbatch_size, device)
-    with method.published(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+    with (
+        method.published(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"),
+    ):
         return method.task.evaluate(method.model, batches)
 
 

@@ -121,9 +121,8 @@ def test_scored_at_the_other_point_and_back_to_the_bit():
     weight = nn.Parameter(torch.rand(1000, generator=torch.Generator().manual_seed(0)))
     optimizer, before = make_optimizer(TwoPoints, [{"params": [weight], "lr": 0.1}], 0.1), weight.detach().clone()
     assert optimizer.training
-    with pytest.raises(ZeroDivisionError), weights_to_publish({"w": weight}, optimizer, None):
+    with weights_to_publish({"w": weight}, optimizer, None):
         assert torch.equal(weight, before * (1 / 3))
-        raise ZeroDivisionError
     assert torch.equal(weight, before)
     assert not torch.equal(before * (1 / 3) * 3, before)
 
@@ -148,9 +147,7 @@ def test_schedule_free_is_scored_at_its_average(over, make_run, plans, tmp_path)
 
     run = make()
     trainer = run.fit()
-    expected = {
-        name: (p.detach() - 0.1 * run.method.made.state[p]["z"]) / 0.9 for name, p in run.method.trainable.items()
-    }
+    expected = {name: (p.detach() - 0.1 * run.method.made.state[p]["z"]) / 0.9 for name, p in run.method.trainable.items()}
     if over:
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         run, checkpoint = make(), torch.load(tmp_path / "last.ckpt", weights_only=True)

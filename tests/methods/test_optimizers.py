@@ -46,7 +46,7 @@ def float32_run(make_run, plan, **options):
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_trains_and_goes_on_from_a_checkpoint(optimizer, make_run, plans, tmp_path):
-    """PRIVACY lines 16 and 35: every tensor moved, and weights after a resume are bit-equal; the seal holds after loading."""
+    """PRIVACY lines 16 and 35: every tensor moved, and weights after a resume are bit-equal; the seal holds."""
     straight = float32_run(make_run, plans(), optimizer=optimizer)
     before = {name: p.detach().clone() for name, p in straight.method.trainable.items()}
     straight.fit_and_save(2, tmp_path / "last.ckpt")
@@ -132,8 +132,8 @@ def test_without_noise_it_is_adam(weight_decay, other):
 
 
 def test_two_steps_by_hand():
-    """betas (0.5, 0.5), eps 0. Step 1: g = 3, s = 1: m = 3, v = 9, less 1: 3 / sqrt(8). Step 2: g = 1, s = 2: m = 1.25 / 0.75,
-    v = (0.25 * 9 + 0.5) / 0.75 - 0.25 * 1 / 0.75 - 0.5 * 4 / 0.75 = 0.5 / 0.75."""
+    """betas (0.5, 0.5), eps 0. Step 1: g = 3, s = 1: m = 3, v = 9, less 1: 3 / sqrt(8). Step 2: g = 1, s = 2:
+    m = 1.25 / 0.75, v = (0.25 * 9 + 0.5) / 0.75 - 0.25 * 1 / 0.75 - 0.5 * 4 / 0.75 = 0.5 / 0.75."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = DPAdamBC([weight], lr=1.0, betas=(0.5, 0.5), eps=0.0, floor=1e-9)
     expected = 0.0

@@ -1,8 +1,8 @@
 """Optimizers: any that needs nothing but `.grad`, by the yaml's `_target_`, and what some of them need besides.
 
-An optimizer gets released quantities alone, so every choice is post-processing and costs nothing. Two needs are met by what an
-optimizer shows, not by its name: a group key `noise_std` is told the noise of each release (`DPAdamBC`), and `train()` and
-`eval()` are called around training and scoring (schedule-free).
+An optimizer gets released quantities alone, so every choice is post-processing and costs nothing. Two needs are met by what
+an optimizer shows, not by its name: a group key `noise_std` is told the noise of each release (`DPAdamBC`), and `train()`
+and `eval()` are called around training and scoring (schedule-free).
 """
 
 import inspect
@@ -32,17 +32,21 @@ def make_optimizer(
         optimizer = make(groups, lr=lr)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"The optimizer cannot be made ({str(error).splitlines()[0]}): correct method.optimizer, or take another _target_."
+            f"The optimizer cannot be made ({str(error).splitlines()[0]}): correct method.optimizer or take another."
         ) from error
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(f"{name} evaluates the loss again within a step, on data that nobody pays for: take another optimizer.")
+        raise UserError(
+            f"{name} evaluates the loss again within a step, on data that nobody pays for: take another optimizer."
+        )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise UserError(f"{name} takes sparse gradients, but noise makes every gradient dense: take torch.optim.AdamW.")
     if has_modes(optimizer):
         if phases > 1:
-            raise UserError(f"{name} averages over the whole run, but this plan has {phases} phases: take another optimizer.")
+            raise UserError(
+                f"{name} averages over the whole run, but this plan has {phases} phases: take another optimizer."
+            )
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 

@@ -38,8 +38,9 @@ class GaussianMechanism:
 
     Formal guarantee: with the plan's Poisson sampling and contributions of joint L2 norm at most clip_norm (or, in parts, of
     at most each part's sensitivity), what `release` returns costs what the plan says for that release. Noise is independent
-    N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate, keyed by (run key, release, digest, weights, tensor name). A second call with the
-    same arguments gives the same noise; a call at other weights or in another configuration gives fresh noise.
+    N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate, keyed by (run key,
+    release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other weights
+    or in another configuration gives fresh noise.
 
     Args:
         plan: the public numbers.
@@ -55,13 +56,11 @@ class GaussianMechanism:
         self.draws = 0
         self._pool = ThreadPoolExecutor(threads or torch.get_num_threads())
 
-    def release(
-        self, sums: Mapping[str, Tensor], release: int, weights: str, parts: Sequence[Part] | None = None
-    ) -> None:
+    def release(self, sums: Mapping[str, Tensor], release: int, weights: str, parts: Sequence[Part] | None = None) -> None:
         """Add this release's noise to `sums`, in place.
 
-        Divided by its noise, part k moves by at most sensitivity_k / noise_std_k; all of them together are one Gaussian event
-        of the plan's noise multiplier sigma if sum_k (sensitivity_k / noise_std_k)^2 <= 1 / sigma^2, which is checked.
+        Divided by its noise, part k moves by at most sensitivity_k / noise_std_k; all of them together are one Gaussian
+        event of the plan's noise multiplier sigma if sum_k (sensitivity_k / noise_std_k)^2 <= 1 / sigma^2, which is checked.
 
         Args:
             sums: clipped sum of every trainable parameter.

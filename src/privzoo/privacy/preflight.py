@@ -45,9 +45,9 @@ def check_engine(
 ) -> None:
     """Compare the engine on a few real rows together with the definition on each row alone.
 
-    Passing means: the clipping function keeps its bound, losses are one a row, rows do not influence one another (a batch mean, padding or a wrong example axis
-    would show), every trainable parameter takes part, the engine's norms and clipped sums are those of the loop, and no
-    buffer keeps anything of the data. The weights are afterwards what they were.
+    Passing means: the clipping function keeps its bound, losses are one a row, rows do not influence one another (a batch
+    mean, padding or a wrong example axis would show), every trainable parameter takes part, the engine's norms and clipped
+    sums are those of the loop, and no buffer keeps anything of the data. The weights are afterwards what they were.
 
     Args:
         engine: the engine in use.

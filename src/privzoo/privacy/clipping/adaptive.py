@@ -1,8 +1,8 @@
 """Adaptive clipping: the clip norm follows a quantile of the gradient norms, which it learns from a noisy count.
 
-A release makes two sums public at once: that of the gradients, clipped to C_t, and that of b_i - 1/2 over the drawn examples,
-b_i = 1 where the gradient norm is at most C_t. One example moves the first by at most C_t and the second by exactly 1/2. With
-noise of sigma_g C_t on the first and sigma_b on the second, the pair, each part in units of its noise, moves by at most
+A release makes two sums public at once: that of the gradients, clipped to C_t, and that of b_i - 1/2 over the drawn
+examples, b_i = 1 where the gradient norm is at most C_t. One example moves the first by at most C_t and the second by exactly
+1/2. With noise of sigma_g C_t on the first and sigma_b on the second, the pair, each part in units of its noise, moves by at most
 sqrt(1 / sigma_g^2 + 1 / (2 sigma_b)^2): one Gaussian event of noise multiplier sigma, where
 
     1 / sigma^2 = 1 / sigma_g^2 + 1 / (2 sigma_b)^2.
@@ -49,7 +49,11 @@ class AdaptiveClip(nn.Module):
 
     def __init__(self, quantile: float = 0.5, rate: float = 0.2, count_noise: float | None = None) -> None:
         super().__init__()
-        for name, value, largest in (("quantile", quantile, 1.0), ("rate", rate, math.inf), ("count_noise", count_noise, math.inf)):
+        for name, value, largest in (
+            ("quantile", quantile, 1.0),
+            ("rate", rate, math.inf),
+            ("count_noise", count_noise, math.inf),
+        ):
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value < largest):
                 raise UserError(f"Expected 0 < method.adaptive.{name}={value} < {largest:g}.")
         self.quantile, self.rate, self.count_noise = quantile, rate, count_noise
@@ -75,8 +79,8 @@ class AdaptiveClip(nn.Module):
         left = sigma**-2 - (2 * count_noise) ** -2
         if left <= 0:
             raise UserError(
-                f"Expected method.adaptive.count_noise={count_noise:g} > noise_multiplier / 2 = {sigma / 2:g}: the count alone "
-                "would take the whole budget; raise count_noise, or batch_size (by default count_noise is batch_size / 20)."
+                f"Expected method.adaptive.count_noise={count_noise:g} > noise_multiplier / 2 = {sigma / 2:g}: the count "
+                "alone would take the whole budget; raise count_noise, or batch_size (by default count_noise is batch_size / 20)."
             )
         return left**-0.5, count_noise
 

@@ -47,11 +47,11 @@ FLAT = Flat()
 
 @dataclass(frozen=True)
 class AutoS:
-    """Automatic clipping with a stability constant, f_i = C / (||g_i|| + gamma): every gradient is scaled, so C is only a unit
-    of the learning rate and needs no search.
+    """Automatic clipping with a stability constant, f_i = C / (||g_i|| + gamma): every gradient is scaled, so C is only a
+    unit of the learning rate and needs no search.
 
-    ||f_i g_i|| = C ||g_i|| / (||g_i|| + gamma) < C up to rounding, and short gradients stay shorter than long ones. Non-finite
-    norms give 0. clip_norm=inf scales nothing: the twin without privacy is ordinary training.
+    ||f_i g_i|| = C ||g_i|| / (||g_i|| + gamma) < C up to rounding, and short gradients stay shorter than long ones. Norms
+    that are not finite give 0. clip_norm=inf scales nothing: the twin without privacy is ordinary training.
 
     Args:
         stability: gamma > 0, in the unit of the gradient norms.
