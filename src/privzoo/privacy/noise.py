@@ -39,8 +39,8 @@ class GaussianMechanism:
     Formal guarantee: with the plan's Poisson sampling and contributions of joint L2 norm at most clip_norm (or, in parts, of
     at most each part's sensitivity), what `release` returns costs what the plan says for that release. Noise is independent
     N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate, keyed by (run key,
-    release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other weights
-    or in another configuration gives fresh noise.
+    release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other
+    weights or in another configuration gives fresh noise.
 
     Args:
         plan: the public numbers.

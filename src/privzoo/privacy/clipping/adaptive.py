@@ -1,9 +1,9 @@
 """Adaptive clipping: the clip norm follows a quantile of the gradient norms, which it learns from a noisy count.
 
 A release makes two sums public at once: that of the gradients, clipped to C_t, and that of b_i - 1/2 over the drawn
-examples, b_i = 1 where the gradient norm is at most C_t. One example moves the first by at most C_t and the second by exactly
-1/2. With noise of sigma_g C_t on the first and sigma_b on the second, the pair, each part in units of its noise, moves by at most
-sqrt(1 / sigma_g^2 + 1 / (2 sigma_b)^2): one Gaussian event of noise multiplier sigma, where
+examples, b_i = 1 where the gradient norm is at most C_t. One example moves the first by at most C_t and the second by
+exactly 1/2. With noise of sigma_g C_t on the first and sigma_b on the second, the pair, each part in units of its noise,
+moves by at most sqrt(1 / sigma_g^2 + 1 / (2 sigma_b)^2): one Gaussian event of noise multiplier sigma, where
 
     1 / sigma^2 = 1 / sigma_g^2 + 1 / (2 sigma_b)^2.
 
@@ -80,7 +80,7 @@ class AdaptiveClip(nn.Module):
         if left <= 0:
             raise UserError(
                 f"Expected method.adaptive.count_noise={count_noise:g} > noise_multiplier / 2 = {sigma / 2:g}: the count "
-                "alone would take the whole budget; raise count_noise, or batch_size (by default count_noise is batch_size / 20)."
+                "alone would take all of the budget; raise it, or batch_size (count_noise is batch_size / 20 by default)."
             )
         return left**-0.5, count_noise
 
