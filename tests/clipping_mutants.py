@@ -31,7 +31,7 @@ FUNCTION_MUTANTS = [
      "    clip_norm = min(clip_norm, 1e9)\n", (FUNCTIONS + "the_shipped_functions_keep_the_bound[AutoS]",)),
     ("a stability constant of nothing", "5", FUNCTIONS_PY, "not SMALLEST_NORM <= self.stability", "not -9 <= self.stability",
      (FUNCTIONS + "stability_out_of_range",)),
-    ("factors that hang on other units accepted", "5", FUNCTIONS_PY, "if factor != own or factor < 0", "if factor < 0",
+    ("factors that hang on other units accepted", "5", FUNCTIONS_PY, "if not math.isclose(factor, own, rel_tol=1e-6) or factor < 0", "if factor < 0",
      (FUNCTIONS + "a_function_that_breaks_the_promise_is_refused[by the largest]",)),
     ("contributions above C accepted", "5", FUNCTIONS_PY, " or not within:", ":",
      (FUNCTIONS + "a_function_that_breaks_the_promise_is_refused[a little too long]",)),

@@ -72,6 +72,7 @@ class FirstOrder(PrivateMethod):
         return {name: sums[name] for name in active} | count
 
     def parts(self, release: int) -> list[Part] | None:
+        """None, or with `adaptive` the gradients, clipped to C_t, and the count."""
         if self.adaptive is None:
             return None
         return self.adaptive.parts(self.active, self.mechanism.plan.at(release))

@@ -110,7 +110,7 @@ def check_function(function: ClippingFunction) -> None:
         alone = torch.cat([function(norm.view(1), clip_norm) for norm in norms])
         for norm, factor, own in zip(_PROBES, factors.tolist(), alone.tolist(), strict=True):
             within = norm * factor <= clip_norm * (1 + 1e-6) if math.isfinite(norm) else factor == 0
-            if factor != own or factor < 0 or not within:
+            if not math.isclose(factor, own, rel_tol=1e-6) or factor < 0 or not within:
                 raise UserError(
                     f"{function} gives a gradient of norm {norm:g} the factor {factor:g} ({own:g} where it is alone) at "
                     f"clip_norm={clip_norm:g}: a contribution must stay within clip_norm, whatever the others are."
