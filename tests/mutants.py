@@ -303,7 +303,8 @@ CALLBACK_MUTANTS = [
 
 ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
 CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
+ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
-    *(Mutant(*fields) for fields in (*ENGINE_MUTANTS, *CLIPPING_MUTANTS)),
+    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS]),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The contract of conf/: every yaml composes, every choice is read, and what overrides what."""
 
 import math
+import re
 from itertools import product
 
 import pytest
@@ -10,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from privzoo.cli import explain
 from privzoo.composition import build, compose, compose_sweep, conf_dir
-from privzoo.config import validate
+from privzoo.config import epochs_of_phases, plan_arguments, validate
 from privzoo.errors import UserError
+from privzoo.privacy.plan import PrivacyPlan
 
 
 def choices(group: str) -> list[str]:
@@ -103,6 +105,20 @@ def test_a_users_folder_adds_tasks_that_inherit(tmp_path):
     assert explain(caught.value) == (2, "Task 'none' has no default_model: add the key to its yaml, or give model=.")
 
 
+def test_dp_qlora_takes_mistral_and_the_published_settings(run_config):
+    """SST-2 of dp-transformers' table: model, quantisation, rank, batch, rate and clip norm, and those of the twin."""
+    cfg = run_config("task=sst2", "method=dp_qlora", "eps=8")
+    assert (cfg.choices.model, cfg.model.path) == ("mistral_7b", "mistralai/Mistral-7B-v0.1")
+    assert (cfg.model.quantization, cfg.model.dtype) == ("nf4", "bfloat16")
+    assert (cfg.method.adapter.tuner.r, cfg.method.adapter.tuner.lora_alpha, cfg.method.adapter.targets) == (4, 32, None)
+    assert (cfg.batch_size, cfg.lr, cfg.clip_norm, cfg.delta, cfg.method.schedule) == (1024, 3e-4, 1.0, 1e-5, "constant")
+    assert cfg.method.optimizer.weight_decay == 0.01
+    twin = run_config("task=sst2", "method=dp_qlora", "eps=inf")
+    assert (twin.batch_size, twin.lr) == (32, 2.5e-5)
+    chosen = run_config("task=sst2", "method=dp_qlora", "eps=8", "model=minilm", "lr=1e-3")
+    assert (chosen.choices.model, chosen.lr, chosen.model.quantization) == ("minilm", 1e-3, "nf4")
+
+
 def test_a_users_task_without_recipe_takes_the_methods_rate(tmp_path):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [sst2, _self_]\nname: mine\n")
@@ -175,3 +191,32 @@ def test_build_finds_a_wrong_keyword_of_a_function_to_call_later():
     with pytest.raises(UserError, match="no argument 'oops'"):
         build(node(_target_="privzoo.composition.compose", _partial_=True, overrides=inner))
     assert get_object("fractions.Fraction") is build(node(_target_="fractions.Fraction", _partial_=True)).func
+
+
+def test_phases_must_come_to_the_epochs(run_config):
+    two = "method=dp_bitfit_two_phase"
+    assert [p.epochs for p in (run_config(two, "epochs=3").method.phases[0],)] == [1]
+    assert epochs_of_phases(run_config(two, "epochs=3")) == [1, 2.0]
+    assert epochs_of_phases(run_config(two, "epochs=1.3")) == [1, 0.3]
+    wrong = {
+        "epochs=1": "found 1, open",
+        "method.phases=[{epochs: 1},{epochs: 1}]": "epochs=3 in all, found 1, 1",
+        "method.phases=[{trainable: all},{trainable: biases}]": "found open, open",
+        "method.phases=[{epochs: 1, rate: 2},{trainable: biases}]": "Unknown key 'rate' in method.phases[0]",
+        "method.phases=[{epochs: 1, lr: 0},{}]": "method.phases[0].lr=0 to be a number > 0",
+        "method.phases=two": "to be a list of phases",
+    }
+    for override, message in wrong.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            validate(run_config(two, override))
+
+
+def test_the_plan_of_phases(run_config):
+    """Each phase has its batch, epochs and clip norm; the rest is the run's."""
+    phases = "method.phases=[{epochs: 1, trainable: all, clip_norm: 1.0, batch_size: 100},{trainable: biases}]"
+    arguments = plan_arguments(run_config("method=dp_bitfit_two_phase", phases, "batch_size=200", "clip_norm=0.5"), 1000)
+    plan = PrivacyPlan(**arguments)
+    assert [(p.batch_size, p.epochs, p.clip_norm) for p in plan.phases] == [(100, 1, 1.0), (200, 2.0, 0.5)]
+    assert plan.steps == 10 + 10
+    assert [plan.at(r).index for r in (0, 9, 10, 19)] == [0, 9, 0, 9]
+    assert len({phase.noise_multiplier for phase in plan.phases}) == 1

@@ -94,6 +94,42 @@ def test_a_killed_run_goes_on_to_the_same_end(privzoo, straight, tmp_path, at, c
     assert not (run / "run.key").exists()
 
 
+# Two phases of 4 releases each, with a checkpoint in the first, at the boundary, and in the second.
+TWO_PHASES = [
+    *(item for item in SEEDED if not item.startswith(("method", "trainer.checkpoint", "trainer.validate"))),
+    "method=dp_bitfit_two_phase", "method.phases=[{epochs: 0.1, trainable: all, lr: 1e-3},{trainable: biases}]",
+    "trainer.checkpoint_every=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_phases(privzoo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_phases")
+    code, output = privzoo(*TWO_PHASES, f"output_dir={folder}")
+    assert code == 0, output
+    return only_run(folder)
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [("fsync ledger.jsonl", 4, "after"), ("replace last.ckpt", 2, "after"), ("fsync ledger.jsonl", 5, "after"),
+     ("fsync ledger.jsonl", 7, "after")],
+    ids=["before the boundary", "at the boundary", "behind the boundary", "within the second phase"],
+)  # fmt: skip
+def test_two_phases_are_one_account_on_both_sides_of_the_boundary(privzoo, two_phases, tmp_path, kill):
+    at, count, when = kill
+    code, output = privzoo(*TWO_PHASES, f"output_dir={tmp_path}/runs", kill={"at": at, "count": count, "when": when})
+    assert code == -signal.SIGKILL, f"the kill never came: {output}"
+    run = only_run(tmp_path / "runs")
+    code, output = privzoo(f"resume={run}")
+    assert code == 0, output
+    assert ledger_of(run) == ledger_of(two_phases)
+    assert [entry["release"] for entry in ledger_of(run)] == list(range(8))
+    assert (run / "model" / "model.safetensors").read_bytes() == (two_phases / "model" / "model.safetensors").read_bytes()
+    assert curves_of(run) == curves_of(two_phases)
+    assert result_of(run) == result_of(two_phases)
+
+
 def test_draws_differ_between_releases(straight):
     _, draws = straight
     assert sorted(draws) == list(range(8))

@@ -1,7 +1,7 @@
 """Composing the configuration of a run out of conf/, and making objects of its nodes.
 
-Keys named `default_*` (a task's default_model, a method's default_lr) and a task's num_examples are read by the
-configuration; `build` leaves them out when it makes an object of a node.
+Keys named `default_*` (a task's default_model, a method's default_lr), a task's num_examples, and a method's merge and
+add_bias are read by the configuration; `build` leaves them out when it makes an object of a node.
 """
 
 import inspect
@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from privzoo.errors import UserError
 
 HYDRA_VERSION_BASE = "1.3"
+_CONFIGURATION_ALONE = ("num_examples", "merge", "add_bias")
 
 
 def conf_dir() -> Path:
@@ -70,12 +71,19 @@ def _task_key(task: str, key: str) -> Any:
     return None
 
 
+def _when(condition: Any, then: Any, otherwise: Any) -> Any:
+    if not isinstance(condition, bool):
+        raise UserError(f"Expected true or false, found {condition}.")
+    return then if condition else otherwise
+
+
 def _twin(eps: Any, private: Any, non_private: Any) -> Any:
     return non_private if eps == math.inf else private
 
 
 OmegaConf.register_new_resolver("default_model", default_model, replace=True)
 OmegaConf.register_new_resolver("twin", _twin, replace=True)
+OmegaConf.register_new_resolver("when", _when, replace=True)
 
 
 @contextmanager
@@ -142,7 +150,7 @@ def build(node: DictConfig, **keywords: Any) -> Any:
         UserError: if the node holds a key that its target does not know.
     """
     content: Any = OmegaConf.to_container(node, resolve=True)
-    arguments = {k: v for k, v in content.items() if not k.startswith("default_") and k != "num_examples"}
+    arguments = {k: v for k, v in content.items() if not k.startswith("default_") and k not in _CONFIGURATION_ALONE}
     made = instantiate(arguments, **keywords)
     _check_keywords(made)
     return made
@@ -162,10 +170,11 @@ def _check_keywords(made: Any) -> None:
 def _arguments(function: Any) -> list[str] | None:
     """Names that a call takes; a class that hands `**rest` on takes what its parents take. None: it takes any."""
     found: list[str] = []
-    parents = inspect.getmro(function) if inspect.isclass(function) else ()
-    for each in [vars(c)["__init__"] for c in parents if "__init__" in vars(c)] or [function]:
+    classes = inspect.getmro(function)[1:-1] if inspect.isclass(function) else ()
+    parents = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)]
+    for each in [function, *parents]:
         parameters = inspect.signature(each).parameters.values()
         found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return found
+            return list(dict.fromkeys(found))
     return None

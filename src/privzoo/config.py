@@ -6,12 +6,15 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from privzoo.errors import UserError
+from privzoo.privacy.plan import Phase, default_delta
 
 GROUPS = ("task", "method", "model", "privacy", "trainer", "logger")
 VALUES = ("eps", "delta", "epochs", "batch_size", "microbatch_size", "lr", "clip_norm", "seed")
@@ -19,8 +22,17 @@ PATHS = ("data_root", "output_dir", "resume")
 TOP_LEVEL = (*GROUPS, *VALUES, *PATHS, "choices")
 NESTED = {
     "privacy": ("noise_multiplier", "accountant", "noise_seed"),
-    "trainer": ("accelerator", "precision", "devices", "checkpoint_every", "validate_every", "progress"),
+    "trainer": (
+        "accelerator",
+        "precision",
+        "devices",
+        "checkpoint_every",
+        "validate_every",
+        "progress",
+        "gradient_checkpointing",
+    ),
 }
+PHASE_KEYS = ("epochs", "trainable", "lr", "clip_norm", "batch_size")
 PRECISIONS = ("32-true", "bf16-mixed")  # those in which the engines were compared with the definition
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
@@ -88,6 +100,7 @@ def validate(cfg: DictConfig) -> None:
     _check_whole(cfg, "batch_size", 1)
     _check_whole(cfg, "microbatch_size", 1)
     _check_whole(cfg, "seed", 0)
+    _check_phases(cfg)
     _check_privacy(cfg)
     _check_trainer(cfg)
     _check_one_of(cfg, "logger.private", (True, False))
@@ -134,6 +147,65 @@ def _check_budget(cfg: DictConfig) -> None:
         _check_number(cfg, "delta", "a number between 0 and 1", lambda v: 0 < v < 1, way_out)
 
 
+def _check_phases(cfg: DictConfig) -> None:
+    phases = cfg.method.get("phases")
+    if phases is None:
+        return
+    way_out = "as in method.phases=[{epochs: 1, trainable: all, lr: 1e-3}, {trainable: biases}]"
+    if not isinstance(phases, ListConfig) or not phases or not all(isinstance(p, DictConfig) for p in phases):
+        _refuse("method.phases", phases, "a list of phases", way_out)
+    for number, phase in enumerate(phases):
+        for key in phase:
+            if key not in PHASE_KEYS:
+                raise UserError(f"Unknown key '{key}' in method.phases[{number}]: a phase takes {', '.join(PHASE_KEYS)}.")
+        for key in ("epochs", "lr", "clip_norm"):
+            if key in phase:
+                _check_number(cfg, f"method.phases[{number}].{key}", "a number > 0", lambda v: 0 < v < math.inf)
+        if "batch_size" in phase:
+            _check_whole(cfg, f"method.phases[{number}].batch_size", 1)
+        if not isinstance(phase.get("trainable", ""), str):
+            _refuse(f"method.phases[{number}].trainable", phase.trainable, "a text such as all or biases")
+    epochs_of_phases(cfg)
+
+
+def epochs_of_phases(cfg: DictConfig) -> list[float]:
+    """Epochs of each phase of `method.phases`: what one phase leaves open is what the others leave of `epochs`.
+
+    Raises:
+        UserError: if the phases do not come to `epochs` in all.
+    """
+    given = [phase.get("epochs") for phase in cfg.method.phases]
+    left = Fraction(str(cfg.epochs)) - sum((Fraction(str(epochs)) for epochs in given if epochs is not None), Fraction(0))
+    if given.count(None) > 1 or (left > 0) != (None in given) or left < 0:
+        stated = ", ".join("open" if epochs is None else f"{epochs:g}" for epochs in given)
+        raise UserError(
+            f"Expected the phases to come to epochs={cfg.epochs:g} in all, found {stated}: give each its epochs, or leave "
+            "out those of one, which takes what is left."
+        )
+    return [float(left) if epochs is None else epochs for epochs in given]
+
+
+def plan_arguments(cfg: DictConfig, num_examples: int) -> dict[str, Any]:
+    """Arguments of the `PrivacyPlan` of a configuration: epsilon or noise_multiplier given, delta by default < 1 / (2N)."""
+    phases = [Phase(cfg.batch_size, cfg.epochs, float(cfg.clip_norm), cfg.privacy.noise_multiplier)]
+    if cfg.method.get("phases") is not None:
+        phases = [
+            Phase(
+                phase.get("batch_size", cfg.batch_size), epochs, float(phase.get("clip_norm", cfg.clip_norm)),
+                cfg.privacy.noise_multiplier,
+            )
+            for phase, epochs in zip(cfg.method.phases, epochs_of_phases(cfg), strict=True)
+        ]  # fmt: skip
+    first, *later = phases
+    return {
+        "num_examples": num_examples,
+        "delta": default_delta(num_examples) if cfg.delta is None else float(cfg.delta),
+        "epsilon": None if cfg.eps is None else float(cfg.eps),
+        "then": tuple(later),
+        **asdict(first),
+    }
+
+
 def _check_privacy(cfg: DictConfig) -> None:
     _check_one_of(cfg, "privacy.accountant", ("pld",))
     if cfg.privacy.noise_seed is not None:
@@ -145,6 +217,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.precision", PRECISIONS)
     _check_one_of(cfg, "trainer.devices", (1,))
     _check_one_of(cfg, "trainer.progress", (True, False))
+    _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)
     _check_whole(cfg, "trainer.validate_every", 0)
 

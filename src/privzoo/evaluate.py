@@ -16,8 +16,8 @@ ARGUMENTS = {"run": "a run folder that train has finished", "data_root": "folder
 def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, float | None]]:
     """Metrics of the saved model on the validation split, each beside the one in the run's record.
 
-    The model is loaded from `<run>/model` as transformers would load it, so this also shows that what was saved is what
-    was scored.
+    The model is loaded from `<run>/model` as transformers or peft would load it, so this also shows that what was saved is
+    what was scored.
 
     Args:
         run: run folder.
@@ -34,6 +34,7 @@ def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, f
     from omegaconf import OmegaConf
 
     from privzoo.composition import build
+    from privzoo.models.adapters import ADAPTER_CONFIG, load_adapter
     from privzoo.models.loading import load
     from privzoo.run import quiet_libraries, validation_batches
 
@@ -41,10 +42,15 @@ def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, f
     cfg = OmegaConf.load(folder / "config.yaml")
     task = build(cfg.task)
     task.load(data_root or cfg.data_root)
-    loaded = load(str(folder / "model"), task.kind, num_labels=task.num_labels, dtype=cfg.model.dtype)
+    if (folder / "model" / ADAPTER_CONFIG).exists():  # beside the base that the run began with
+        loaded = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
+        model: torch.nn.Module = load_adapter(loaded.model, folder / "model")
+    else:
+        loaded = load(str(folder / "model"), task.kind, num_labels=task.num_labels, dtype=cfg.model.dtype)
+        model = loaded.model
     task.prepare(loaded.processor)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-    metrics = task.evaluate(loaded.model.to(device), validation_batches(task, cfg.microbatch_size, device))
+    metrics = task.evaluate(model.to(device), validation_batches(task, cfg.microbatch_size, device))
     return {name: (value, record.metrics.get(name)) for name, value in metrics.items()}
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -16,8 +16,8 @@ from rich.table import Table
 
 from privzoo.cli import exit_on_error, read_flags, run_hydra
 from privzoo.composition import build, compose_sweep
-from privzoo.config import validate
-from privzoo.privacy.plan import PrivacyPlan, default_delta
+from privzoo.config import plan_arguments, validate
+from privzoo.privacy.plan import PrivacyPlan
 
 
 class Row(NamedTuple):
@@ -61,7 +61,7 @@ def plan_rows(configs: Iterable[DictConfig]) -> list[Row]:
     configs = list(configs)
     for cfg in configs:
         validate(cfg)
-    numbers = [_numbers(cfg) for cfg in configs]
+    numbers = [tuple(plan_arguments(cfg, _num_examples(cfg)).items()) for cfg in configs]
     # Methods and seeds share their plan: a grid costs as many calibrations as it has different numbers.
     different = list(dict.fromkeys(numbers))
     if len(different) == 1:
@@ -89,23 +89,8 @@ def _row(cfg: DictConfig, plan: PrivacyPlan, spent: float) -> Row:
     )
 
 
-class _Numbers(NamedTuple):
-    num_examples: int
-    batch_size: int
-    epochs: float
-    delta: float
-    epsilon: float | None
-    noise_multiplier: float | None
-
-
-def _numbers(cfg: DictConfig) -> _Numbers:
-    size = _num_examples(cfg)
-    delta = default_delta(size) if cfg.delta is None else float(cfg.delta)
-    return _Numbers(size, cfg.batch_size, cfg.epochs, delta, cfg.eps, cfg.privacy.noise_multiplier)
-
-
-def _calibrate(numbers: _Numbers) -> tuple[PrivacyPlan, float]:
-    plan = PrivacyPlan(**numbers._asdict())
+def _calibrate(arguments: tuple[tuple[str, Any], ...]) -> tuple[PrivacyPlan, float]:
+    plan = PrivacyPlan(**dict(arguments))
     return plan, plan.epsilon_after(plan.steps)
 
 

@@ -15,18 +15,20 @@ from transformers.utils import logging as transformers_logging
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
 from privzoo.composition import build
+from privzoo.config import plan_arguments
 from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import Stopped
 from privzoo.files import write_json
 from privzoo.identity import digest_of_run, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
-from privzoo.models.loading import LoadedModel
+from privzoo.models.adapters import merge
+from privzoo.models.loading import LoadedModel, turn_on_checkpointing
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import GaussianMechanism
-from privzoo.privacy.plan import PrivacyPlan, default_delta
+from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.preflight import refuse_coupling_modules
 from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
@@ -49,7 +51,7 @@ def run(folder: RunFolder) -> RunRecord:
     cfg = folder.cfg
     task: Task = build(cfg.task)
     task.load(cfg.data_root)
-    plan = make_plan(cfg, task.num_examples)
+    plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples))
     loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
     task.prepare(loaded.processor)
     if not folder.is_new:
@@ -64,19 +66,6 @@ def run(folder: RunFolder) -> RunRecord:
         raise
 
 
-def make_plan(cfg: DictConfig, num_examples: int) -> PrivacyPlan:
-    """The plan of a configuration: epsilon or noise_multiplier given, delta by default below 1 / (2N)."""
-    return PrivacyPlan(
-        num_examples=num_examples,
-        batch_size=cfg.batch_size,
-        epochs=cfg.epochs,
-        delta=default_delta(num_examples) if cfg.delta is None else cfg.delta,
-        epsilon=None if cfg.eps is None else float(cfg.eps),
-        clip_norm=float(cfg.clip_norm),
-        noise_multiplier=cfg.privacy.noise_multiplier,
-    )
-
-
 def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel) -> RunRecord:
     cfg, device = folder.cfg, _device(folder.cfg)
     key = RunKey.load(folder.key, is_test_key=cfg.privacy.noise_seed is not None)
@@ -88,8 +77,11 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         method: PrivateMethod = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
         )
+        if cfg.trainer.gradient_checkpointing:
+            turn_on_checkpointing(loaded.model)
         method.to(device).train()
         _check_before(method)
+        frozen = method.fingerprint_of_the_rest()
         record = folder.record
         if record is None:
             record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
@@ -105,6 +97,8 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
                 record = _fit(folder, method, ledger, record, start, loggers)
             elif checkpoint:
                 record = _reached(record, plan, ledger, start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
+            if method.fingerprint_of_the_rest() != frozen:
+                raise RuntimeError("Frozen weights changed during training: the method is not what it says.")
             record = _finish(folder, method, ledger, loaded.processor, record, device)
         except Interrupted as stop:
             record = replace(stop.args[0], state="interrupted")
@@ -173,6 +167,8 @@ def _finish(
     metrics = evaluate_now(method, folder.cfg, device)
     with method.published():
         save_model(folder.model, method.model, processor)
+    if folder.cfg.method.get("merge", False):
+        _save_merged(folder, method.task, processor)
     card = privacy_card(plan, ledger, method.mechanism.key.is_test_key, folder.cfg.logger.private)
     write_json(folder.card, card)
     state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
@@ -190,6 +186,11 @@ def save_model(path: Path, model: Any, processor: Any) -> None:
     processor.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
+
+
+def _save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
+    base = build(folder.cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=folder.cfg.seed, quantization=None)
+    save_model(folder.merged, merge(base.model, folder.model), processor)
 
 
 def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
@@ -244,5 +245,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")  # peft asks for it
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and sets what GPT-2 needs
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

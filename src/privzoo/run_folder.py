@@ -21,7 +21,7 @@ DONE = ("finished", "stopped_at_epsilon")
 # that were lost are paid for again.
 RESUME_MAY_CHANGE = (
     "resume", "output_dir", "logger", "data_root", "trainer.progress", "trainer.checkpoint_every", "trainer.validate_every",
-    "lr", "microbatch_size", "trainer.accelerator", "trainer.precision", "model.path",
+    "lr", "microbatch_size", "trainer.accelerator", "trainer.precision", "trainer.gradient_checkpointing", "model.path",
     "method.schedule", "method.warmup", "method.optimizer", "method.engine",
 )  # fmt: skip
 
@@ -59,6 +59,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
 
     @property
     def is_new(self) -> bool:

@@ -15,6 +15,8 @@ from privzoo.privacy.plan import Phase, PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
 
+PARTS = [{"trainable": "biases"}, {"trainable": "all"}]
+
 
 def phases(second_noise=1.0):
     return PrivacyPlan(
@@ -26,13 +28,13 @@ def phases(second_noise=1.0):
 def test_every_phase_is_checked(make_run):
     plan = phases(4.0)
     with pytest.raises(UserError, match="noise_multiplier / 2 = 2"):
-        make_run(plan, adaptive=AdaptiveClip(count_noise=1.0))
-    make_run(plan, adaptive=AdaptiveClip(count_noise=2.1))
+        make_run(plan, phases=PARTS, adaptive=AdaptiveClip(count_noise=1.0))
+    make_run(plan, phases=PARTS, adaptive=AdaptiveClip(count_noise=2.1))
 
 
 def test_a_new_phase_begins_at_its_own_clip_norm(make_run):
     """Two releases at C = 0.5, two at C = 0.25: C_2 = 0.25 whatever C_1 was."""
-    run = make_run(phases(), trainable=["biases", "all"], lr=[1e-2, 1e-2], adaptive=AdaptiveClip(count_noise=1.0))
+    run = make_run(phases(), phases=PARTS, adaptive=AdaptiveClip(count_noise=1.0))
     seen, engine = [], run.method.engine
 
     def watched(forward, clip_norm, into):

@@ -212,4 +212,7 @@ def test_it_is_told_the_noise_of_the_phase(make_run):
         num_examples=40, batch_size=8, epochs=0.2, delta=1e-3, noise_multiplier=1.0, clip_norm=0.5,
         then=(Phase(16, 0.4, 0.25, 2.0),),
     )  # fmt: skip
-    assert told(make_run, plan, trainable=["biases", "all"], lr=[1e-2, 1e-2])[0] == [[0.0625, 0.0625], [0.03125, 0.03125]]
+    assert told(make_run, plan, phases=[{"trainable": "biases"}, {"trainable": "all"}])[0] == [
+        [0.0625, 0.0625],
+        [0.03125, 0.03125],
+    ]

@@ -31,6 +31,7 @@ BIASES = {"body.bias", "norm.bias", "attention.in_proj_bias", "attention.out_pro
         ("biases", BIASES | set(HEAD)),
         ("^body", {"body.weight", "body.bias", *HEAD}),
         (r"norm\.weight$", {"norm.weight", *HEAD}),
+        ("head", set(HEAD)),
         ("body|norm", {"body.weight", "body.bias", "norm.weight", "norm.bias", *HEAD}),
     ],
 )
@@ -76,5 +77,26 @@ def test_a_model_without_biases():
         vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, pad_token_id=0
     )
     model = hf.LlamaForSequenceClassification(config)
-    with pytest.raises(UserError, match=r"trainable=biases .*LlamaForSequenceClassification.*take method=dp_full"):
+    with pytest.raises(UserError, match=r"trainable=biases .*LlamaForSeq.*method\.add_bias=true, or take method=dp_lora"):
         select_trainable(model, "biases", ("score.weight",))
+
+
+def bert(**options):
+    config = hf.BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+    return hf.BertForSequenceClassification(config)
+
+
+def test_a_head_that_the_checkpoint_brought_along():
+    """Without a new head "head" is what lies outside the pretrained body."""
+    assert set(select_trainable(bert(), "head", ())) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_head_tied_to_the_body_is_refused():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1, n_positions=8))
+    with pytest.raises(UserError, match=r"trainable=head chooses nothing .* shares its weights with the body"):
+        select_trainable(model, "head", ())
+
+
+def test_adapter_without_an_adapter_is_refused():
+    with pytest.raises(UserError, match="it has no adapter; take method=dp_lora"):
+        select_trainable(bert(), "adapter", ("classifier.weight",))

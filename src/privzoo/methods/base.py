@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,14 +38,16 @@ class PrivateMethod(LightningModule):
         model: the pretrained model.
         task: gives losses (R,) and the unit of each row.
         mechanism: holds plan and noise.
-        trainable: what to train, see `select_trainable`; one for every phase of the plan if there are several.
+        trainable: what to train, see `select_trainable`.
         new_head: names of freshly initialised parameters.
         optimizer: partial of a torch optimizer, completed with parameters and lr.
-        lr: learning rate at its highest; one for every phase of the plan if there are several.
+        lr: learning rate at its highest.
         schedule: "linear" (to 0 at the last release) or "constant"; begins anew with each phase.
         warmup: part of a phase's releases over which lr rises from 0.
         head_lr_factor: the new head learns at so many times `lr`.
         adapter: partial that gives the model parameters of its own (peft), or None; see `privzoo.models.adapters`.
+        phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None for a single
+            phase. Each is a training of its own: schedule and optimizer state begin anew.
         average: makes an average of the weights what is scored and saved; None: the last weights.
     """
 
@@ -54,14 +56,15 @@ class PrivateMethod(LightningModule):
         model: nn.Module,
         task: Task,
         mechanism: GaussianMechanism,
-        trainable: str | Sequence[str],
+        trainable: str,
         new_head: Iterable[str],
         optimizer: Callable[..., torch.optim.Optimizer],
-        lr: float | Sequence[float],
+        lr: float,
         schedule: str = "linear",
         warmup: float = 0.0,
         head_lr_factor: float = 1.0,
         adapter: Adapter | None = None,
+        phases: Sequence[Mapping[str, Any]] | None = None,
         average: ExponentialAverage | None = None,
     ) -> None:
         super().__init__()
@@ -77,8 +80,10 @@ class PrivateMethod(LightningModule):
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task
         self.mechanism = mechanism
-        patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-        chosen = [select_trainable(self.model, pattern, self.new_head) for pattern in patterns]
+        phases = phases or [{}]
+        if len(phases) != len(mechanism.plan.phases):
+            raise UserError(f"The plan has {len(mechanism.plan.phases)} phases, the method {len(phases)}: give it the same.")
+        chosen = [select_trainable(self.model, each.get("trainable", trainable), self.new_head) for each in phases]
         self.trained_in = [tuple(names) for names in chosen]  # by phase
         self.trainable = {n: p for n, p in self.model.named_parameters() if any(n in names for names in chosen)}
         self.start_phase(0)
@@ -87,7 +92,7 @@ class PrivateMethod(LightningModule):
             average.follow(self.trainable)
         self.make_optimizer = optimizer
         self.made: torch.optim.Optimizer | None = None
-        self.lrs = [lr] if isinstance(lr, (int, float)) else list(lr)  # by phase
+        self.lrs = [each.get("lr", lr) for each in phases]
         self.schedule, self.warmup, self.head_lr_factor = schedule, warmup, head_lr_factor
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
@@ -147,6 +152,10 @@ class PrivateMethod(LightningModule):
     def active(self) -> dict[str, nn.Parameter]:
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
+
+    def fingerprint_of_the_rest(self) -> str:
+        """SHA-256 of all parameters that no phase trains: the same at the end as at the beginning."""
+        return fingerprint((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
 
     def start_phase(self, number: int) -> None:
         """Let the parameters of this phase learn, and no others."""

@@ -13,24 +13,43 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
 
     Args:
         model: changed in place (`requires_grad`).
-        pattern: "all"; "biases" (every bias of the pretrained part, and the new head); else a regular expression that is
-            searched for in parameter names, with the new head always added.
+        pattern: "all"; "biases" (every bias of the pretrained part, and the new head); "adapter" (what an adapter added,
+            and the new head); "head" (the new head alone; without one, what lies outside the pretrained body); else a
+            regular expression that is searched for in parameter names, with the new head always added.
         new_head: names of freshly initialised parameters, which must learn whatever the method.
     Raises:
-        UserError: if the choice is empty but for the head, or the pattern is no regular expression.
+        UserError: if the choice is empty (for all but "head": empty but for the head), or the pattern is no regular
+            expression.
     """
-    chosen = {name for name, _ in model.named_parameters() if _matches(name, pattern)}
-    if not chosen - set(new_head):
-        architecture = type(model).__name__
-        way_out = (
-            "it has none; take method=dp_full"
-            if pattern == "biases"
-            else "parameter names are like " + ", ".join(name for name, _ in list(model.named_parameters())[:2])
+    names = [name for name, _ in model.named_parameters()]
+    if pattern == "adapter":
+        chosen = (
+            {name for name, p in model.named_parameters() if p.requires_grad} if hasattr(model, "peft_config") else set()
         )
-        raise UserError(f"trainable={pattern} chooses nothing of the pretrained {architecture}: {way_out}.")
+    elif pattern == "head":
+        chosen = set(new_head) or _outside_the_body(model)
+    else:
+        chosen = {name for name in names if _matches(name, pattern)}
+    if not chosen - (set() if pattern == "head" else set(new_head)):
+        way_out = _WAY_OUT.get(pattern, "parameter names are like " + ", ".join(names[:2]))
+        raise UserError(f"trainable={pattern} chooses nothing of the pretrained {type(model).__name__}: {way_out}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen or name in new_head)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+_WAY_OUT = {
+    "biases": "it has none; add some with method.add_bias=true, or take method=dp_lora",
+    "adapter": "it has no adapter; take method=dp_lora",
+    "head": "its output shares its weights with the body; take method=dp_lora or dp_bitfit",
+}
+
+
+def _outside_the_body(model: nn.Module) -> set[str]:
+    body = getattr(model, "base_model_prefix", None)
+    if not body:
+        return set()
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{body}.")}
 
 
 def _matches(name: str, pattern: str) -> bool:

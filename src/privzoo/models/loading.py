@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from privzoo.errors import UserError
 from privzoo.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig
+from privzoo.models.quantization import keep_quantized_weights, quantization_options
 
 EMBEDDED = ("tiny_encoder", "tiny_lm", "tiny_vit")
 _TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -63,6 +64,7 @@ def load(
     dropout: float = 0.0,
     seed: int = 0,
     pooling: str | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """A pretrained model for a kind of task.
 
@@ -81,6 +83,8 @@ def load(
         pooling: "mean" puts a linear head on the mean of the last hidden states, for encoders that were trained to embed
             a sentence by it; None takes the architecture's own head (for BERT, one on the first token). For
             "sequence_classification" only.
+        quantization: "nf4" stores the linear layers of the body in 4 bits and computes them in bfloat16; all else has
+            `dtype`. Such a base cannot be trained itself, only an adapter beside it.
     Raises:
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
@@ -91,6 +95,7 @@ def load(
         raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
     if pooling not in (None, "mean"):
         raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
+    in_4_bits = quantization_options(quantization)
     source, cached_only = _locate(path)
     options = {"local_files_only": cached_only, "trust_remote_code": False}
     with _quiet_transformers(), _explained(path):
@@ -113,8 +118,11 @@ def load(
                 dtype=float_type,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **in_4_bits,
                 **options,
             )
+            if in_4_bits and not keep_quantized_weights(model):
+                raise UserError(f"Model {path!r} has no linear layer to quantise: set model.quantization=null.")
             new_head = _new_head(path, model, report, whole=not pooled)
             if pooled:
                 model = MeanPoolingClassifier.around(model, config.num_labels)
@@ -122,6 +130,19 @@ def load(
     if kind != "image_classification":
         _check_vocabulary(path, processor, model)
     return LoadedModel(model.eval(), processor, new_head)
+
+
+def turn_on_checkpointing(model: nn.Module) -> None:
+    """Activations are computed a second time in the backward pass instead of kept; gradients are the same.
+
+    Not the reentrant kind, which loses every gradient behind a frozen embedding.
+
+    Raises:
+        UserError: if the architecture has none.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing: set trainer.gradient_checkpointing=false.")
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def _known(value: str, name: str, choices: dict) -> tuple:

@@ -60,7 +60,8 @@ class GaussianMechanism:
         """Add this release's noise to `sums`, in place.
 
         Divided by its noise, part k moves by at most sensitivity_k / noise_std_k; all of them together are one Gaussian
-        event of the plan's noise multiplier sigma if sum_k (sensitivity_k / noise_std_k)^2 <= 1 / sigma^2, which is checked (to 1e-9, for rounding).
+        event of the plan's noise multiplier sigma if sum_k (sensitivity_k / noise_std_k)^2 <= 1 / sigma^2, which is
+        checked (to 1e-9, for rounding).
 
         Args:
             sums: clipped sum of every trainable parameter.
