@@ -23,16 +23,16 @@ PREFLIGHT_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
     "privacy/preflight.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
 )  # fmt: skip
 
-ADD_CLIPPED = "book.add_clipped(sums, clip_factors(norms, clip_norm))"
+ADD_CLIPPED = "book.add_clipped(sums, self.clipping(norms, clip_norm))"
 LOST_BOUND = "bound = 4 * eps * terms\n        if bool((bound >"
 WEIGHTS = "factors.to(dtype)"
 ADD_PAIR = "if weight_name:\n            book.add_pair(weight_name, saved[0], gradient"
-RELEASE = "self.mechanism.release(sums, batch.release, self.weights)"
+RELEASE = "self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))"
 ADD_MICRO_BATCH = "losses.append(found.losses)"
 
 CLIP_MUTANTS = [
     ("clip the sum of the micro-batch", "5", BOOK_KEEPING_PY, ADD_CLIPPED,
-     "book.add_clipped(sums, clip_factors(norms.square().sum().sqrt().expand_as(norms), clip_norm))",
+     "book.add_clipped(sums, self.clipping(norms.square().sum().sqrt().expand_as(norms), clip_norm))",
      (ENGINE + "clipped_sum_by_hand[BookKeeping]",)),
     ("clip after the mean", "5 7", LOOP_PY, "losses[units == unit].sum()", "losses.mean()",
      (ENGINE + "clipped_sum_by_hand[Loop]",)),
@@ -349,12 +349,13 @@ METHOD_MUTANTS = [
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 
+BY_GROUP = "grouping(parameters, self.groups, clip_norm, self.clipping)"
 GROUPED_MUTANTS = [
     ("each layer clipped to the whole norm", "5", GROUPED_PY, "clip_norm / math.sqrt(max(1, len(set(of.values()))))",
      "clip_norm", (GROUPED + "by_hand[BookKeeping]", GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]")),
     ("each parameter a group of its own, with a layer's share", "5", GROUPED_PY, "Grouping(of, clip_norm /",
      "Grouping({name: name for name in of}, clip_norm /", (GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]",)),
-    ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, "grouping(parameters, self.groups, clip_norm)",
+    ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, BY_GROUP,
      "grouping(list(parameters)[:2], self.groups, clip_norm)", (GROUPED + "groups_hang_on_the_model_alone",)),
     ("a group is clipped before it is complete", "5 15", GROUPED_PY, "if group in self.early and not self.missing[group]",
      "if group in self.early", (GROUPED + "equals_the_loop[rows-layer norm]",)),
@@ -368,7 +369,7 @@ GROUPED_MUTANTS = [
     ("the caller's autocast rounds Opacus' sums", "5 27", OPACUS_PY,
      "with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):  # the", "with torch.no_grad():  # the",
      (OPACUS + "the_callers_autocast_does_not_round_sums",)),
-    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, "Loop(model, groups), None",
+    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, "Loop(model, groups, clipping), None",
      "Loop(model), None",
      (PREFLIGHT + "group_wise_clipping_passes",)),
 ]  # fmt: skip

@@ -147,7 +147,7 @@ SAMPLING_MUTANTS = [
            (SAMPLING + "plan_for_another_number_of_rows_is_refused",)),
 ]  # fmt: skip
 
-RELEASE_CALL = "self.mechanism.release(sums, batch.release, self.weights)"
+RELEASE_CALL = "self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))"
 UPDATE_CALL = "self.update(sums, setting)"
 REPLACE = '__import__("dataclasses").replace('
 NOISE_ON_MEAN = f"""for total in sums.values():
@@ -176,7 +176,7 @@ RELEASE_MUTANTS = [
            "self.mechanism.release(sums if batch.micro_batches else {}, batch.release, self.weights)",
            (RELEASE + "empty_draws_release_noise_and_are_paid_for",)),
     Mutant("noise keyed by weights of long ago", "35", "methods/base.py",
-           f"{SCHEDULED}\n        self.weights = fingerprint(self.trainable.items())", SCHEDULED,
+           f"{SCHEDULED}\n        self.weights = self._fingerprint()", SCHEDULED,
            (RELEASE + "noise_is_keyed_by_the_weights_that_the_sum_was_taken_at",)),
 ]  # fmt: skip
 
@@ -302,8 +302,9 @@ CALLBACK_MUTANTS = [
 ]  # fmt: skip
 
 ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
+CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
 ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
-    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS]),
+    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS]),
 ]  # fmt: skip

@@ -3,13 +3,13 @@
 import hashlib
 import inspect
 import math
+import pkgutil
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from privzoo.config import run_id
@@ -97,13 +97,26 @@ def _foreign_code(content: Any) -> list[str]:
     found = _foreign_code(list(content.values()))
     target = content.get("_target_")
     if isinstance(target, str) and not target.startswith(("privzoo.", "torch.")):
-        file = inspect.getsourcefile(get_object(target.rpartition(".")[0]))
+        file = inspect.getsourcefile(_imported(target))
         found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else target)
     return found
 
 
+def _imported(target: str) -> Any:
+    """What holds a `_target_`; an optimizer may be of a package that is not installed."""
+    try:
+        return pkgutil.resolve_name(target.rpartition(".")[0])  # hydra's own look-up logs an error of several lines
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"_target_={target} cannot be imported ({error}): correct it, or install its package "
+            "(pip install 'privzoo[optimizers]' for schedulefree and bitsandbytes)."
+        ) from error
+
+
 def _weights_of(checkpoint: dict[str, Any]) -> str:
-    return fingerprint((name.removeprefix("model."), value) for name, value in checkpoint["state_dict"].items())
+    """What the next release is taken at, see `PrivateMethod._fingerprint`."""
+    held = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("average.")}
+    return fingerprint((name.removeprefix("model."), value) for name, value in held.items())
 
 
 def _code() -> str:

@@ -165,7 +165,8 @@ def _finish(
     """Score the last step, save model, card and record; the record comes last, and makes the run a finished one."""
     plan = method.mechanism.plan
     metrics = evaluate_now(method, folder.cfg, device)
-    save_model(folder.model, method.model, processor)
+    with method.published():
+        save_model(folder.model, method.model, processor)
     if folder.cfg.method.get("merge", False):
         _save_merged(folder, method.task, processor)
     card = privacy_card(plan, ledger, method.mechanism.key.is_test_key, folder.cfg.logger.private)
@@ -193,9 +194,12 @@ def _save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
 
 
 def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
-    """The task's metrics of the model as it is, on the validation split."""
+    """The task's metrics of the model as it is, or of the average of its weights, on the validation split."""
     batches = validation_batches(method.task, cfg.microbatch_size, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+    with (
+        method.published(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"),
+    ):
         return method.task.evaluate(method.model, batches)
 
 

@@ -60,14 +60,17 @@ def encoder():
 
 
 class Recorder(Callback):
-    """The trained weights after each release, and the micro-batches of each."""
+    """The trained weights after each release, and the micro-batches of each; a checkpoint on the way, if asked for."""
 
     def __init__(self):
         self.weights, self.sizes = [], []
+        self.save_after, self.save_to = None, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
         self.sizes.append([len(m["labels"]) for m in batch.micro_batches])
+        if trainer.global_step == self.save_after:
+            trainer.save_checkpoint(self.save_to)
 
 
 @dataclass
@@ -79,14 +82,20 @@ class Run:
     batches: PoissonBatches
     recorder: Recorder
 
-    def fit(self):
+    def fit(self, start=0, checkpoint=None, accelerator="cpu"):
+        """All releases from `start` on, which begin from a checkpoint unless it is 0."""
         trainer = Trainer(
-            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+            accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             use_distributed_sampler=False, callbacks=[self.recorder],
         )  # fmt: skip
-        trainer.fit(self.method, private_loader(self.batches))
+        trainer.fit(self.method, private_loader(self.batches, start), ckpt_path=checkpoint)
         return trainer
+
+    def fit_and_save(self, release, path):
+        """A run with a checkpoint of the middle of it."""
+        self.recorder.save_after, self.recorder.save_to = release, path
+        return self.fit()
 
 
 @pytest.fixture

@@ -162,10 +162,10 @@ def test_noise_is_keyed_by_the_weights_that_the_sum_was_taken_at(tiny_run, monke
     run = tiny_run(noisy_plan(), ones(20), method_class=Labelled)
     keyed, release = [], run.mechanism.release
 
-    def watched(sums: dict[str, Tensor], number: int, weights: str) -> None:
+    def watched(sums: dict[str, Tensor], number: int, weights: str, parts: None) -> None:
         keyed.append(weights)
         assert weights == fingerprint([("weight", run.method.taken_at)])
-        release(sums, number, weights)
+        release(sums, number, weights, parts)
 
     monkeypatch.setattr(run.mechanism, "release", watched)
     run.fit()

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from privzoo.errors import UserError
+from privzoo.methods.average import ExponentialAverage, weights_to_publish
+from privzoo.methods.optimizers import has_modes, make_optimizer
 from privzoo.methods.trainable import select_trainable
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import GaussianMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 from privzoo.privacy.streams import RunKey
@@ -45,6 +48,7 @@ class PrivateMethod(LightningModule):
         adapter: partial that gives the model parameters of its own (peft), or None; see `privzoo.models.adapters`.
         phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None for a single
             phase. Each is a training of its own: schedule and optimizer state begin anew.
+        average: makes an average of the weights what is scored and saved; None: the last weights.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class PrivateMethod(LightningModule):
         head_lr_factor: float = 1.0,
         adapter: Adapter | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
+        average: ExponentialAverage | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,7 +87,11 @@ class PrivateMethod(LightningModule):
         self.trained_in = [tuple(names) for names in chosen]  # by phase
         self.trainable = {n: p for n, p in self.model.named_parameters() if any(n in names for names in chosen)}
         self.start_phase(0)
+        self.average = average
+        if average is not None:
+            average.follow(self.trainable)
         self.make_optimizer = optimizer
+        self.made: torch.optim.Optimizer | None = None
         self.lrs = [each.get("lr", lr) for each in phases]
         self.schedule, self.warmup, self.head_lr_factor = schedule, warmup, head_lr_factor
         self.weights = ""
@@ -98,7 +107,7 @@ class PrivateMethod(LightningModule):
             self._optimizer().state.clear()  # the moments of gradients of other parameters, clipped otherwise
         sums = self.query(batch)
         # ---- private data end here ----
-        self.mechanism.release(sums, batch.release, self.weights)
+        self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
         self.update(sums, setting)
 
     @abstractmethod
@@ -108,6 +117,10 @@ class PrivateMethod(LightningModule):
         Raises:
             Interrupted: if a stop was asked for.
         """
+
+    def parts(self, release: int) -> list[Part] | None:
+        """Sensitivity and noise of each part of the query; None: one part, of the plan's clip_norm."""
+        return None
 
     @abstractmethod
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
@@ -153,9 +166,26 @@ class PrivateMethod(LightningModule):
         """One step of optimizer and schedule, whose count is Lightning's global_step."""
         optimizer = self._optimizer()
         optimizer.step()
+        if self.average is not None:
+            self.average.update(self.trainable)
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.weights = fingerprint(self.trainable.items())
+        self.weights = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Of the weights, and of the method's own state (a clip norm that adapts): what the next sum is taken at. No sum is
+        taken at an average."""
+        own = [(name, value) for name, value in self._own_state().items() if not name.startswith("average.")]
+        return fingerprint([*self.trainable.items(), *own])
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """State of every part but the model (whose own would be packed anew each time if it is quantised)."""
+        parts = [part.state_dict(prefix=f"{name}.") for name, part in self.named_children() if part is not self.model]
+        return {name: value for part in parts for name, value in part.items()}
+
+    def published(self) -> AbstractContextManager[None]:
+        """Meanwhile the model holds the weights that are scored and saved, see `weights_to_publish`."""
+        return weights_to_publish(self.trainable, self.made, self.average)
 
     def _optimizer(self) -> Any:
         optimizer = self.optimizers()
@@ -165,9 +195,16 @@ class PrivateMethod(LightningModule):
     # ---- learning rate
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._parameter_groups(), lr=self.lrs[0])
+        optimizer = self._make_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr_at(release) / self.lrs[0])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        phases = len(self.mechanism.plan.phases)
+        self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lrs[0], phases)
+        if self.average is not None and has_modes(self.made):
+            raise UserError(f"{type(self.made).__name__} averages the weights already: leave method.average=null.")
+        return self.made
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
@@ -196,7 +233,7 @@ class PrivateMethod(LightningModule):
         if start:
             self.start_phase(self.mechanism.plan.at(min(start, self.mechanism.plan.steps - 1)).phase)
         self._take_over_lr()
-        self.weights = fingerprint(self.trainable.items())
+        self.weights = self._fingerprint()
 
     def _take_over_lr(self) -> None:
         """A resumed run may have another lr; the optimizer's state brought the old one along."""
@@ -210,12 +247,12 @@ class PrivateMethod(LightningModule):
         return batch  # micro-batches move one at a time, in query
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        wanted = {f"model.{name}" for name in self.trainable}
+        wanted = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
         checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = {f"model.{name}" for name in self.trainable}
+        expected = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
         if checkpoint["state_dict"].keys() != expected:
             raise UserError(
                 f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "
@@ -226,10 +263,14 @@ class PrivateMethod(LightningModule):
             raise UserError(
                 "The checkpoint's optimizer has other groups of parameters: another version made it; start again."
             )
+        if self.made is None and has_modes(self._make_optimizer()):  # a run that is over is scored without training again
+            self.made.load_state_dict(checkpoint["optimizer_states"][0])  # type: ignore[attr-defined]
 
 
 def seal_of(checkpoint: dict[str, Any], key: RunKey) -> str:
-    """A code over what a checkpoint lets into a run (step, weights, optimizer state) that only this run can make."""
-    leaves = [leaf for leaf in tree_leaves(checkpoint["optimizer_states"]) if isinstance(leaf, Tensor)]
-    tensors = [*checkpoint["state_dict"].items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]
-    return key.seal(f"{checkpoint['global_step']} {fingerprint(tensors)}")
+    """A code over what a checkpoint lets into a run (step, weights, the method's and optimizer's state) that only this run
+    can make."""
+    leaves = tree_leaves(checkpoint["optimizer_states"])
+    held = [(str(i), leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    return key.seal(f"{checkpoint['global_step']} {fingerprint([*checkpoint['state_dict'].items(), *held])} {numbers}")

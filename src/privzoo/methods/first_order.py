@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from privzoo.methods.base import Interrupted, PrivateMethod
+from privzoo.methods.optimizers import tell_noise
+from privzoo.privacy.clipping.adaptive import COUNT, AdaptiveClip
 from privzoo.privacy.clipping.engine import ClippedSums, zero_sums
+from privzoo.privacy.noise import Part
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.preflight import check_engine
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
@@ -25,33 +28,54 @@ class FirstOrder(PrivateMethod):
 
     Args:
         engine: partial of a gradient engine, completed with the model.
+        adaptive: makes the clip norm follow a quantile of the gradient norms; None: the plan's clip_norm throughout.
         rest: as for `PrivateMethod`.
     """
 
-    def __init__(self, *args: Any, engine: Callable[[nn.Module], Callable[..., ClippedSums]], **rest: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        engine: Callable[[nn.Module], Callable[..., ClippedSums]],
+        adaptive: AdaptiveClip | None = None,
+        **rest: Any,
+    ) -> None:
         super().__init__(*args, **rest)
         self.engine = engine(self.model)
+        self.adaptive = adaptive
+        if adaptive is not None:
+            adaptive.check(self.mechanism.plan)
 
     def query(self, batch: LogicalBatch) -> dict[str, Tensor]:
-        """Clipped sum over the logical batch, by parameter name; zeros for an empty draw.
+        """Clipped sum over the logical batch, by parameter name; zeros for an empty draw. With `adaptive`, its count too.
 
         Raises:
             Interrupted: between micro-batches, if a stop was asked for.
         """
-        clip_norm = self.mechanism.plan.at(batch.release).clip_norm
+        setting = self.mechanism.plan.at(batch.release)
+        if self.adaptive is not None and setting.index == 0:
+            self.adaptive.scale.fill_(1)  # other parameters, hence other norms
+        clip_norm = setting.clip_norm if self.adaptive is None else self.adaptive.clip_norm(setting)
         sums: dict[str, Tensor] = {}  # made by the first micro-batch: until then they would only take memory
-        losses = []
+        losses, norms = [], []
         self.private_metrics.clear()
         for micro_batch in batch.micro_batches:
             if self.stop_requested:
                 raise Interrupted
             found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, into=sums)
             losses.append(found.losses)
+            norms.append(found.norms)
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())
         active = self.active
         sums |= zero_sums({name: p for name, p in active.items() if name not in sums})
-        return {name: sums[name] for name in active}
+        count = {} if self.adaptive is None else {COUNT: self.adaptive.count(norms, setting)}
+        return {name: sums[name] for name in active} | count
+
+    def parts(self, release: int) -> list[Part] | None:
+        """None, or with `adaptive` the gradients, clipped to C_t, and the count."""
+        if self.adaptive is None:
+            return None
+        return self.adaptive.parts(self.active, self.mechanism.plan.at(release))
 
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
         """One optimizer step with the noisy mean; it divides by the expected batch size.
@@ -60,9 +84,22 @@ class FirstOrder(PrivateMethod):
             noisy_sums: released sums, by parameter name; overwritten.
             setting: of the release that they are of.
         """
+        self._tell_noise(setting)
+        if self.adaptive is not None:
+            self.adaptive.update(noisy_sums.pop(COUNT), setting)
         for name, parameter in self.active.items():
             parameter.grad = noisy_sums[name].div_(setting.batch_size).to(parameter.dtype)
         self.finish_step()
+
+    def _tell_noise(self, setting: ReleaseSetting) -> None:
+        """The standard deviation of the noise on the mean, to an optimizer that has use for it (DP-AdamBC)."""
+        noise_std = 0.0
+        if setting.noise_multiplier > 0:
+            adaptive = self.adaptive
+            of_gradients = setting.noise_multiplier if adaptive is None else adaptive.noise_multipliers(setting)[0]
+            clip_norm = setting.clip_norm if adaptive is None else adaptive.clip_norm(setting)
+            noise_std = of_gradients * clip_norm / setting.batch_size
+        tell_noise(self._optimizer(), noise_std)
 
     def preflight(self, rows: Sequence[Any]) -> None:
         """Compare the engine with the definition in every phase, see `check_engine`."""

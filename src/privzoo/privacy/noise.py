@@ -1,7 +1,10 @@
 """The Gaussian mechanism: noise for a clipped sum, drawn in float32, in place and block by block."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -15,13 +18,29 @@ from privzoo.privacy.streams import RunKey
 BLOCK = 1 << 18  # values a block: 1 MiB of float32. Part of a stream's definition, as is float32.
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of the sums of one release, with a sensitivity and a noise of their own.
+
+    Args:
+        names: of the sums.
+        sensitivity: bound on the joint L2 norm of one unit's contribution to them.
+        noise_std: standard deviation of the noise on every coordinate of them.
+    """
+
+    names: tuple[str, ...]
+    sensitivity: float
+    noise_std: float
+
+
 class GaussianMechanism:
     """Turns the clipped sum of a release into a noisy one.
 
-    Formal guarantee: with the plan's Poisson sampling and contributions of joint L2 norm at most clip_norm, what
-    `release` returns costs what the plan says for that release. Noise is independent N(0, (noise_multiplier *
-    clip_norm)^2) on every coordinate, keyed by (run key, release, digest, weights, tensor name). A second call with the
-    same arguments gives the same noise; a call at other weights or in another configuration gives fresh noise.
+    Formal guarantee: with the plan's Poisson sampling and contributions of joint L2 norm at most clip_norm (or, in parts, of
+    at most each part's sensitivity), what `release` returns costs what the plan says for that release. Noise is independent
+    N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate, keyed by (run key,
+    release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other
+    weights or in another configuration gives fresh noise.
 
     Args:
         plan: the public numbers.
@@ -37,23 +56,30 @@ class GaussianMechanism:
         self.draws = 0
         self._pool = ThreadPoolExecutor(threads or torch.get_num_threads())
 
-    def release(self, sums: Mapping[str, Tensor], release: int, weights: str) -> None:
+    def release(self, sums: Mapping[str, Tensor], release: int, weights: str, parts: Sequence[Part] | None = None) -> None:
         """Add this release's noise to `sums`, in place.
+
+        Divided by its noise, part k moves by at most sensitivity_k / noise_std_k; all of them together are one Gaussian
+        event of the plan's noise multiplier sigma if sum_k (sensitivity_k / noise_std_k)^2 <= 1 / sigma^2, which is
+        checked (to 1e-9, for rounding).
 
         Args:
             sums: clipped sum of every trainable parameter.
             release: index in the plan.
             weights: `fingerprint` of the trainable parameters that the sum was taken at.
+            parts: sensitivity and noise of each part; None: one part, of the plan's clip_norm.
         Raises:
             IndexError: if the plan has no such release.
+            ValueError: if the parts cost more than the plan pays for, or a sum is in none or in two of them.
         """
         setting = self.plan.at(release)
         self.draws += 1
         if setting.noise_multiplier == 0:
             return
         noise_std = setting.noise_multiplier * setting.clip_norm
+        stds = dict.fromkeys(sums, noise_std) if parts is None else _noise_stds(parts, list(sums), setting.noise_multiplier)
         for name, total in sums.items():
-            self._add_noise(total, noise_std, release, weights, name)
+            self._add_noise(total, stds[name], release, weights, name)
 
     def _add_noise(self, total: Tensor, noise_std: float, release: int, weights: str, name: str) -> None:
         if not total.is_contiguous():
@@ -74,6 +100,17 @@ class GaussianMechanism:
             add(0)
         else:
             list(self._pool.map(add, blocks))
+
+
+def _noise_stds(parts: Sequence[Part], sums: Iterable[str], noise_multiplier: float) -> dict[str, float]:
+    """Noise by name, if the parts are the sums and together cost no more than one event of the noise multiplier."""
+    if Counter(name for part in parts for name in part.names) != Counter(sums):
+        raise ValueError("Expected every sum of a release in exactly one part.")
+    noisy = all(part.noise_std > 0 and 0 <= part.sensitivity < math.inf for part in parts)
+    cost = sum((part.sensitivity / part.noise_std) ** 2 for part in parts) if noisy else math.inf
+    if not cost <= noise_multiplier**-2 * (1 + 1e-9):
+        raise ValueError(f"Expected parts of a noise multiplier of {noise_multiplier:g} in all, found {cost**-0.5:g}.")
+    return {name: part.noise_std for part in parts for name in part.names}
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

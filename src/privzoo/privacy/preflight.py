@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from privzoo.errors import UserError
 from privzoo.privacy.clipping.engine import ClippedSums, trainable_parameters
+from privzoo.privacy.clipping.functions import FLAT, check_function
 from privzoo.privacy.clipping.loop import Loop
 from privzoo.privacy.sampling import MicroBatch
 
@@ -44,9 +45,9 @@ def check_engine(
 ) -> None:
     """Compare the engine on a few real rows together with the definition on each row alone.
 
-    Passing means: losses are one a row, rows do not influence one another (a batch mean, padding or a wrong example axis
-    would show), every trainable parameter takes part, the engine's norms and clipped sums are those of the loop, and no
-    buffer keeps anything of the data. The weights are afterwards what they were.
+    Passing means: the clipping function keeps its bound, losses are one a row, rows do not influence one another (a batch
+    mean, padding or a wrong example axis would show), every trainable parameter takes part, the engine's norms and clipped
+    sums are those of the loop, and no buffer keeps anything of the data. The weights are afterwards what they were.
 
     Args:
         engine: the engine in use.
@@ -57,6 +58,7 @@ def check_engine(
     """
     if any(not torch.isfinite(p).all() for p in model.parameters()):
         raise UserError("The model's weights are not all finite: take another checkpoint.")
+    check_function(getattr(engine, "clipping", FLAT))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     together = [rows[i] for i in range(min(4, len(rows)))]
     with _gates_open(model):
@@ -95,8 +97,8 @@ def _compare_with_loop(
     found = engine(lambda: losses(collate(together)), clip_norm=clip_norm)
     if len(found.losses) != len(together):
         raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found {len(found.losses)}.")
-    groups = getattr(engine, "groups", "all")
-    loop, sums, alone = Loop(model, groups), None, []
+    groups, clipping = getattr(engine, "groups", "all"), getattr(engine, "clipping", FLAT)
+    loop, sums, alone = Loop(model, groups, clipping), None, []
     for row in together:
         alone.append(loop(lambda row=row: losses(collate([row])), clip_norm=clip_norm, into=sums))  # type: ignore[misc]
         sums = alone[-1].sums
@@ -108,7 +110,7 @@ def _compare_with_loop(
     tolerance = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
     _compare("losses", found.losses[finite], torch.cat([one.losses for one in alone])[finite], tolerance)
     _compare("gradient norms", found.norms[finite], norms[finite], tolerance)
-    contributions = float(norms[finite].clamp(max=clip_norm).sum())
+    contributions = float((norms * clipping(norms, clip_norm))[finite].sum())
     largest = max(float(value.abs().max()) for value in sums.values())
     # By the tensor's own size, so that a wrong part with small gradients shows; but some are 0 but for rounding, which
     # group-wise clipping makes larger beside the rest, and rows that are alike with unlike labels cancel.

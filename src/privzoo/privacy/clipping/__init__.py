@@ -7,11 +7,16 @@
 (['bias', 'weight'], torch.Size([3]))
 """
 
+from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.clipping.book_keeping import BookKeeping
 from privzoo.privacy.clipping.engine import ClippedSums, clip_factors
+from privzoo.privacy.clipping.functions import AutoS, AutoV, Flat
 from privzoo.privacy.clipping.ghost_two_pass import GhostTwoPass
 from privzoo.privacy.clipping.layouts import UnsupportedUse
 from privzoo.privacy.clipping.loop import Loop
 from privzoo.privacy.clipping.opacus_hooks import OpacusHooks
 
-__all__ = ["BookKeeping", "ClippedSums", "GhostTwoPass", "Loop", "OpacusHooks", "UnsupportedUse", "clip_factors"]
+__all__ = [
+    "AdaptiveClip", "AutoS", "AutoV", "BookKeeping", "ClippedSums", "Flat", "GhostTwoPass", "Loop", "OpacusHooks",
+    "UnsupportedUse", "clip_factors",
+]  # fmt: skip

@@ -12,11 +12,11 @@ from privzoo.privacy.clipping.engine import (
     ClippedSums,
     Forward,
     checked_units,
-    clip_factors,
     gradients_put_aside,
     sum_dtype,
     trainable_parameters,
 )
+from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.grouped import GroupedBook, Grouping, checked_groups, grouping
 from privzoo.privacy.clipping.interception import Interception
@@ -35,11 +35,13 @@ class BookKeeping:
             any expression of parameters alone; several times, tied, and under gradient checkpointing of both kinds.
         groups: "all" clips the gradient as one; "layer" each module's part on its own (see `grouped`), which keeps nothing
             until the backward pass is over.
+        clipping: factors of norms, see `functions`.
     """
 
-    def __init__(self, model: nn.Module, groups: str = "all") -> None:
+    def __init__(self, model: nn.Module, groups: str = "all", clipping: ClippingFunction = FLAT) -> None:
         self.model = model
         self.groups = checked_groups(groups)
+        self.clipping = clipping
         self.layouts = Layouts()
 
     def __call__(
@@ -56,14 +58,14 @@ class BookKeeping:
         """
         parameters = trainable_parameters(self.model)
         sums = {} if into is None else into
-        groups = None if self.groups == "all" else grouping(parameters, self.groups, clip_norm)
+        groups = None if self.groups == "all" else grouping(parameters, self.groups, clip_norm, self.clipping)
         losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             if isinstance(book, GroupedBook):
                 norms = book.finish()
             else:
                 norms = book.squared_norms().sqrt()
-                book.add_clipped(sums, clip_factors(norms, clip_norm))
+                book.add_clipped(sums, self.clipping(norms, clip_norm))
         for name, parameter in parameters.items():
             if name not in sums:
                 sums[name] = torch.zeros_like(parameter, dtype=sum_dtype(parameter))

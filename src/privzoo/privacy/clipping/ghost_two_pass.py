@@ -14,11 +14,11 @@ from privzoo.privacy.clipping.engine import (
     ClippedSums,
     Forward,
     checked_units,
-    clip_factors,
     gradients_put_aside,
     sum_dtype,
     trainable_parameters,
 )
+from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.layouts import Layouts
 
@@ -32,10 +32,12 @@ class GhostTwoPass:
 
     Args:
         model: as for `BookKeeping`.
+        clipping: factors of norms, see `functions`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clipping: ClippingFunction = FLAT) -> None:
         self.model = model
+        self.clipping = clipping
         self.layouts = Layouts()
 
     def __call__(
@@ -59,13 +61,13 @@ class GhostTwoPass:
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             norms = book.squared_norms().sqrt()
         del book
-        factors = clip_factors(norms, clip_norm)
+        factors = self.clipping(norms, clip_norm)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.set_rng_state(before[0])
             if before[1] is not None:
                 torch.cuda.set_rng_state(before[1], device)
             if not bool(torch.isfinite(norms).all()):
-                engine = BookKeeping(self.model)
+                engine = BookKeeping(self.model, clipping=self.clipping)
                 engine.layouts = self.layouts
                 return engine(forward, clip_norm, unit_of_row, into)
             self._add_weighted(parameters, sums, forward, factors, unit_of_row)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from privzoo.errors import UserError
-from privzoo.privacy.clipping.engine import clip_factors
+from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.gradients import Book
 from privzoo.privacy.clipping.layouts import UnsupportedUse
 
@@ -29,13 +29,15 @@ class Grouping:
     Args:
         of: group by parameter.
         clip_norm: C / sqrt(number of groups).
+        clipping: factors of a group's norms.
     """
 
     of: dict[str, str]
     clip_norm: float
+    clipping: ClippingFunction = FLAT
 
 
-def grouping(parameters: Iterable[str], groups: str, clip_norm: float) -> Grouping:
+def grouping(parameters: Iterable[str], groups: str, clip_norm: float, clipping: ClippingFunction = FLAT) -> Grouping:
     """All parameters in one group, or those of each module ("layer") in one.
 
     The number of groups hangs on the model alone, never on what a batch makes use of.
@@ -44,7 +46,7 @@ def grouping(parameters: Iterable[str], groups: str, clip_norm: float) -> Groupi
     0.707107
     """
     of = {name: name.rpartition(".")[0] if groups == "layer" else "" for name in parameters}
-    return Grouping(of, clip_norm / math.sqrt(max(1, len(set(of.values())))))
+    return Grouping(of, clip_norm / math.sqrt(max(1, len(set(of.values())))), clipping)
 
 
 def checked_groups(groups: str) -> str:
@@ -125,6 +127,6 @@ class GroupedBook:
     def _clip(self, group: str) -> None:
         book = self.books.pop(group)
         squares = book.squared_norms()
-        book.add_clipped(self.sums, clip_factors(squares.sqrt(), self.grouping.clip_norm))
+        book.add_clipped(self.sums, self.grouping.clipping(squares.sqrt(), self.grouping.clip_norm))
         self.squares = self.squares + squares
         self.finished.add(group)

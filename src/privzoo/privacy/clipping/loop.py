@@ -10,12 +10,12 @@ from privzoo.privacy.clipping.engine import (
     ClippedSums,
     Forward,
     checked_units,
-    clip_factors,
     gradients_put_aside,
     sum_dtype,
     trainable_parameters,
     zero_sums,
 )
+from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.grouped import checked_groups, grouping
 
 
@@ -25,11 +25,13 @@ class Loop:
     Args:
         model: only its trainable parameters are looked at.
         groups: "all", or "layer": each module's part of a gradient is clipped on its own (see `grouped`).
+        clipping: factors of norms, see `functions`.
     """
 
-    def __init__(self, model: nn.Module, groups: str = "all") -> None:
+    def __init__(self, model: nn.Module, groups: str = "all", clipping: ClippingFunction = FLAT) -> None:
         self.model = model
         self.groups = checked_groups(groups)
+        self.clipping = clipping
 
     def __call__(
         self,
@@ -63,7 +65,7 @@ class Loop:
             norms[unit] = _norm(gradients.values())
             for group in set(groups.of.values()):
                 part = {name: gradient for name, gradient in gradients.items() if groups.of[name] == group}
-                factor = clip_factors(_norm(part.values()).to(norms.dtype).view(1), groups.clip_norm)
+                factor = self.clipping(_norm(part.values()).to(norms.dtype).view(1), groups.clip_norm)
                 if factor.item() > 0:
                     for name, gradient in part.items():
                         sums[name].add_(gradient * factor[0])

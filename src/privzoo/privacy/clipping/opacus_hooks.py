@@ -14,10 +14,10 @@ from privzoo.privacy.clipping.engine import (
     ClippedSums,
     Forward,
     checked_units,
-    clip_factors,
     sum_dtype,
     trainable_parameters,
 )
+from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.layouts import UnsupportedUse
 
 
@@ -29,10 +29,12 @@ class OpacusHooks:
 
     Args:
         model: gets Opacus' hooks, once; trainable parameters must sit in modules that Opacus knows.
+        clipping: factors of norms, see `functions`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clipping: ClippingFunction = FLAT) -> None:
         self.model = model
+        self.clipping = clipping
         self.hooks: GradSampleModule | None = None
         self.proved: set[str] = set()
 
@@ -61,7 +63,7 @@ class OpacusHooks:
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):  # the caller's would round sums to bf16
             squares = [g.reshape(count, -1).square().sum(1) for g in found.values()]
             norms = torch.stack(squares).sum(0).sqrt()
-            factors = clip_factors(norms, clip_norm)
+            factors = self.clipping(norms, clip_norm)
             sums = {} if into is None else into
             for name, parameter in parameters.items():
                 total = _weighted(found.pop(name), factors).to(sum_dtype(parameter))
