@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,11 @@ class PrivateMethod(LightningModule):
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        """What is trained, by name: the parameters, but where a method keeps more exact copies of them."""
+        return self.trainable
+
     def start_phase(self, number: int) -> None:
         """Let the parameters of this phase learn, and no others."""
         for name, parameter in self.trainable.items():
@@ -156,9 +161,13 @@ class PrivateMethod(LightningModule):
     # ---- learning rate
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._parameter_groups(), lr=self.lrs[0])
+        optimizer = self.new_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr_at(release) / self.lrs[0])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of a fit."""
+        return self.make_optimizer(self._parameter_groups(), lr=self.lrs[0])
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
