@@ -1,4 +1,4 @@
-"""First-order runs small enough to be computed again by hand, through a real Lightning Trainer."""
+"""Runs small enough to be computed again by hand, through a real Lightning Trainer."""
 
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import transformers as hf
 from lightning.pytorch import Callback, Trainer
 
+from privzoo.methods.directions import SeededSGD
 from privzoo.methods.first_order import FirstOrder
+from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.privacy.clipping import BookKeeping
 from privzoo.privacy.noise import GaussianMechanism
 from privzoo.privacy.plan import PrivacyPlan
@@ -95,18 +97,24 @@ def make_run():
 
     def make(
         plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
-        optimizer=ADAM, lr=1e-2, **options,
+        optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, **options,
     ):  # fmt: skip
-        key, task = RunKey.for_tests(seed), Texts()
-        method = FirstOrder(
-            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr,
-            engine=engine, **options,
-        )  # fmt: skip
+        key, task = RunKey.for_tests(seed), task or Texts()
+        options |= {"engine": engine} if kind is FirstOrder else {}
+        method = kind(
+            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
+        )
         draws = PoissonDraws(plan, key, "digest")
         batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)
         return Run(method.train(), draws, batches, Recorder())
 
     return make
+
+
+@pytest.fixture
+def make_walk(make_run):
+    """`make_walk(plan, directions=3, …)`: the same run with DPZero."""
+    return partial(make_run, kind=ZerothOrder, optimizer=SeededSGD)
 
 
 @pytest.fixture(scope="session")

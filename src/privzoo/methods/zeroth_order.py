@@ -24,6 +24,8 @@ from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.preflight import check_losses
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 
+GRID = 2.0**-23  # the distance of two float32 numbers between 1 and 2
+
 
 class ZerothOrder(PrivateMethod):
     """Query: the sum of per-example slopes along K directions, each K-vector clipped. Update: a step along them.
@@ -33,7 +35,9 @@ class ZerothOrder(PrivateMethod):
     weights are moved while the losses are taken, and back by the end of the query.
 
     Args:
-        smoothing: lambda > 0, how far the weights are moved along a direction.
+        smoothing: lambda > 0, how far the weights are moved along a direction; rounded to a multiple of 2^-23, so that
+            float32 weights below 2 take a Rademacher step there and back without drifting: they round once, by at most
+            half a unit in the last place.
         directions: K, directions a release.
         direction_kind: "rademacher", "normal" or "sphere", see `Direction`.
         rest: as for `PrivateMethod`; `optimizer` is a partial of `SeededSGD`.
@@ -54,7 +58,8 @@ class ZerothOrder(PrivateMethod):
             raise UserError(f"Expected method.directions={directions} to be a whole number of at least 1.")
         if direction_kind not in KINDS:
             raise UserError(f"Expected method.direction_kind={direction_kind} to be one of {', '.join(KINDS)}.")
-        self.smoothing, self.directions, self.direction_kind = float(smoothing), directions, direction_kind
+        self.smoothing = max(1, round(smoothing / GRID)) * GRID
+        self.directions, self.direction_kind = directions, direction_kind
         self._made: tuple[Any, list[Direction]] = (None, [])
         for parameter in self.trainable.values():
             parameter.data = parameter.data.contiguous()  # directions run along the flat view
