@@ -69,7 +69,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
-        self.sizes.append([len(m["labels"]) for m in batch.micro_batches])
+        self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
 
 
 @dataclass
@@ -81,13 +81,13 @@ class Run:
     batches: PoissonBatches
     recorder: Recorder
 
-    def fit(self):
+    def fit(self, checkpoint=None, start=0):
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             use_distributed_sampler=False, callbacks=[self.recorder],
         )  # fmt: skip
-        trainer.fit(self.method, private_loader(self.batches))
+        trainer.fit(self.method, private_loader(self.batches, start), ckpt_path=checkpoint)
         return trainer
 
 

@@ -139,7 +139,7 @@ def test_low_precision_stands_at_rounded_exact_places(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_update_of_a_millionth_is_not_swallowed(dtype):
-    """PRIVACY line 32: at 1.0 bfloat16 knows nothing smaller than 0.0039; one of 1e-6 and 500 of 1e-5 arrive all the same."""
+    """PRIVACY line 32: 1.0 - 0.001 is 1.0 in bfloat16; one update of 1e-6 and 500 of 1e-5 arrive."""
     parameter = torch.nn.Parameter(torch.ones(64, dtype=dtype))
     u, walker = direction({"p": parameter}), SeededSGD([parameter], lr=1e-6)
     signs = values_of(u, parameter)
