@@ -8,6 +8,8 @@ import torch
 from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted, seal_of
 from privzoo.methods.directions import Direction, SeededSGD
+from privzoo.privacy.callback import PrivacyCallback
+from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.sampling import LogicalBatch
 
@@ -60,6 +62,17 @@ def test_bfloat16_weights_come_back_bit_by_bit(make_walk, plans):
     moves = torch.cat([(exact[name] - value.float()).flatten() for name, value in before.items()])
     assert 0 < float(moves.abs().max()) < 1e-5
     assert (moves != 0).float().mean() > 0.5
+
+
+def test_small_updates_of_bfloat16_weights_count_as_moved(make_walk, plans, tmp_path):
+    """PRIVACY line 16: after releases of a millionth no bit of a bfloat16 weight need have changed, but its copy has."""
+    plan = plans()
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        run = make_walk(plan, lr=1e-5)
+        run.method.model.bfloat16()
+        torch.nn.init.ones_(run.method.model.classifier.bias)
+        assert run.fit(callbacks=[PrivacyCallback(plan, ledger, "digest")]).global_step == 5
+    assert torch.equal(run.method.model.classifier.bias, torch.ones(3, dtype=torch.bfloat16))
 
 
 def test_weights_are_whole_after_an_error_in_a_forward(make_walk, plans):
