@@ -302,7 +302,8 @@ CALLBACK_MUTANTS = [
 ]  # fmt: skip
 
 ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
+ZEROTH_ORDER_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zeroth_order_mutants.py")))["ZEROTH_ORDER_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
-    *(Mutant(*fields) for fields in ENGINE_MUTANTS),
+    *(Mutant(*fields) for fields in ENGINE_MUTANTS), *(Mutant(*fields) for fields in ZEROTH_ORDER_MUTANTS),
 ]  # fmt: skip
