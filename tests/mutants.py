@@ -206,7 +206,7 @@ ACCOUNT_MUTANTS = [
     Mutant("default delta rounded to the nearest", "21", "privacy/plan.py", "math.floor(exact / Fraction(10) ** exponent)",
            "round(exact / Fraction(10) ** exponent)", (PLAN + "default_delta_is_never_rounded_up",)),
     Mutant("plan gives numbers for any release", "24", "privacy/plan.py",
-           "if first <= release < first + self.steps_of(phase):", "if first <= release:",
+           "if first <= release < first + steps:", "if first <= release:",
            (PLAN + "release_after_the_last_does_not_exist", CALLBACK + "no_release_beyond_the_plan")),
     Mutant("plan can be changed", "1", "privacy/plan.py", "@dataclass(frozen=True)\nclass PrivacyPlan:",
            "@dataclass\nclass PrivacyPlan:", (PLAN + "plan_is_frozen[epsilon]",)),

@@ -102,6 +102,10 @@ LOSSES_MUTANTS = [
      (LOSSES + "dropout_is_refused",)),
     ("kept copies of weights go unnoticed", "29", PREFLIGHT_PY, "if torch.equal(before, nudged):", "if before is nudged:",
      (LOSSES + "a_kept_copy_of_the_weights_is_refused",)),
+    ("rows without a finite loss pass", "9", PREFLIGHT_PY,
+     "if not finite.any():\n        raise UserError(f\"None of {len(together)} examples has a finite loss",
+     "if False:\n        raise UserError(f\"None of {len(together)} examples has a finite loss",
+     (LOSSES + "only_rows_with_a_finite_loss_are_compared",)),
     ("fewer losses than rows pass", "7", PREFLIGHT_PY, "if found.shape != (len(together),):", "if found.dim() > 1:",
      (LOSSES + "losses_are_one_a_row",)),
 ]  # fmt: skip
