@@ -183,6 +183,23 @@ def test_preflight_looks_at_losses(make_walk, plans):
         run.method.preflight(run.batches.rows)
 
 
+def test_preflight_knows_what_rounding_does_to_slopes(make_walk, plans):
+    """A loss that is off by 1e-5 beside others moves a slope by 0.01 at lambda = 1e-3: too much for C = 0.5, not for 5."""
+
+    def preflight(**options):
+        run = make_walk(**options)
+        run.method.model.float()
+        losses = run.method.task.losses
+        run.method.task.losses = lambda model, batch: losses(model, batch) + 1e-5 * (len(batch["labels"]) > 1)
+        run.method.preflight(run.batches.rows)
+
+    with pytest.raises(UserError, match="rounding moves a row's loss by"):
+        preflight(plan=plans())
+    preflight(plan=plans(clip_norm=5.0))
+    preflight(plan=plans(), smoothing=1e-2)
+    preflight(plan=plans(private=False))
+
+
 def test_losses_that_are_not_one_a_row(make_walk, plans):
     run = make_walk(plans())
     losses = run.method.task.losses

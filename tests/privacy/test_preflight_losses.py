@@ -1,5 +1,7 @@
 """What is checked before the first release of a method that looks at losses alone."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,10 @@ class Net(nn.Module):
         return self.last(self.use(self, self.first(x)).tanh()).squeeze(1)
 
 
-def check(model, rows=ROWS, losses=None):
+def check(model, rows=ROWS, losses=None, allowed=math.inf):
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     losses = losses or (lambda batch: model(batch["x"]).float())
-    check_losses(model, losses, rows, lambda rows: {"x": torch.stack(rows).to(dtype)})
+    check_losses(model, losses, rows, lambda rows: {"x": torch.stack(rows).to(dtype)}, allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -58,6 +60,15 @@ def test_coupling_is_refused(name):
     with pytest.raises(UserError, match="losses of a batch and of its rows alone differ"):
         check(COUPLING[name])
     assert all(torch.equal(value, before[key]) for key, value in COUPLING[name].state_dict().items())
+
+
+def test_rounding_beyond_what_is_allowed_is_refused():
+    """A loss that differs by a ten-thousandth passes as a loss, but not where it is divided by a thousandth."""
+    model = Net(lambda net, h: h + 1e-4 * (len(h) == 1))
+    check(model)
+    check(model, allowed=1e-3)
+    with pytest.raises(UserError, match=r"rounding moves a row's loss by .* take model\.dtype=float32"):
+        check(model, allowed=1e-6)
 
 
 def test_dropout_is_refused():

@@ -70,16 +70,20 @@ def check_losses(
     losses: Callable[[MicroBatch], Tensor],
     rows: Sequence[Any],
     collate: Callable[[list[Any]], MicroBatch],
+    allowed: float = math.inf,
 ) -> None:
     """Look at the losses of a few real rows, for methods that need no gradients.
 
-    Passing means: losses are one a row, rows do not influence one another, the same weights give the same losses twice
+    Passing means: losses are one a row, rows do not influence one another (but for rounding, and by that not more than is
+    `allowed`), the same weights give the same losses twice
     (no dropout), other weights give others (no module keeps weights of before), no buffer keeps anything of the data, and
     trained tensors hold floating-point numbers. The weights are afterwards what they were, bit by bit.
 
     Args:
         losses: micro-batch to losses (R,), on the model's device.
         rows: encoded examples; the first four are used.
+        allowed: how far a row's loss may differ between a batch and the row alone. Who divides differences of losses by a
+            small number makes rounding large: one example's absence would move what the others contribute.
     Raises:
         UserError: naming what is wrong.
     """
@@ -88,9 +92,9 @@ def check_losses(
             raise UserError(f"{name} holds {parameter.dtype}, which cannot be moved by a little: freeze it.")
     together = [rows[i] for i in range(min(4, len(rows)))]
     with _sound(model), torch.no_grad():
-        before = _compare_with_rows_alone(model, losses, together, collate)
+        before = _compare_with_rows_alone(model, losses, together, collate, allowed)
         with _gates_open(model), _nudged(model):
-            nudged = _compare_with_rows_alone(model, losses, together, collate)
+            nudged = _compare_with_rows_alone(model, losses, together, collate, allowed)
     if torch.equal(before, nudged):
         raise UserError("Pre-flight: losses stay the same when weights move: a module keeps a copy of them; take it out.")
 
@@ -146,6 +150,7 @@ def _compare_with_rows_alone(
     losses: Callable[[MicroBatch], Tensor],
     together: list[Any],
     collate: Callable[[list[Any]], MicroBatch],
+    allowed: float,
 ) -> Tensor:
     """The losses of the rows together, if they are those of each row alone."""
     found = losses(collate(together))
@@ -159,6 +164,13 @@ def _compare_with_rows_alone(
         raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
     tolerance = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
     _compare("losses", found[finite], alone[finite], tolerance, way_out=", by a mean, by padding or through a module")
+    rounding = float((found - alone)[finite].abs().max())
+    if rounding > allowed:
+        raise UserError(
+            f"Pre-flight: rounding moves a row's loss by {rounding:.2g} when other rows are beside it, expected at most "
+            f"{allowed:.2g}, as differences of losses are divided by twice the smoothing: take model.dtype=float32, or a "
+            "larger method.smoothing or clip_norm."
+        )
     return found
 
 
