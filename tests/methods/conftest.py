@@ -81,11 +81,11 @@ class Run:
     batches: PoissonBatches
     recorder: Recorder
 
-    def fit(self, checkpoint=None, start=0, callbacks=()):
+    def fit(self, checkpoint=None, start=0, callbacks=(), precision=None):
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            use_distributed_sampler=False, callbacks=[*callbacks, self.recorder],
+            use_distributed_sampler=False, precision=precision, callbacks=[*callbacks, self.recorder],
         )  # fmt: skip
         trainer.fit(self.method, private_loader(self.batches, start), ckpt_path=checkpoint)
         return trainer

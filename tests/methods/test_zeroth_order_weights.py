@@ -200,6 +200,28 @@ def test_preflight_knows_what_rounding_does_to_slopes(make_walk, plans):
     preflight(plan=plans(private=False))
 
 
+def test_rounding_under_autocast_is_seen_before_the_first_release(make_walk, plans):
+    """float32 passes the pre-flight, which knows no Trainer; losses off by 1e-3 are too coarse for C = 0.5."""
+
+    def coarse(model, batch):
+        shift = 1e-3 * (len(batch["labels"]) > 1) * torch.is_autocast_enabled("cpu")
+        return losses(model, batch).float() + shift
+
+    for clip_norm in (0.5, 1000.0):
+        run = make_walk(plans(clip_norm=clip_norm), lr=1e-6)
+        run.method.model.float()
+        losses, run.method.task.losses = run.method.task.losses, coarse
+        run.method.preflight(run.batches.rows)
+        if clip_norm == 0.5:
+            with pytest.raises(UserError, match="rounding moves a row's loss by"):
+                run.fit(precision="bf16-mixed")
+            assert run.method.mechanism.draws == 0
+        else:
+            before = {name: p.detach().clone() for name, p in run.method.trainable.items()}
+            assert run.fit(precision="bf16-mixed").global_step == 5
+            assert not any(torch.equal(p, before[name]) for name, p in run.method.trainable.items())
+
+
 def test_losses_that_are_not_one_a_row(make_walk, plans):
     run = make_walk(plans())
     losses = run.method.task.losses

@@ -60,6 +60,7 @@ class ZerothOrder(PrivateMethod):
             raise UserError(f"Expected method.direction_kind={direction_kind} to be one of {', '.join(KINDS)}.")
         self.smoothing = max(1, round(smoothing / GRID)) * GRID
         self.directions, self.direction_kind = directions, direction_kind
+        self._rows: Sequence[Any] = ()
         self._made: tuple[Any, list[Direction]] = (None, [])
         for parameter in self.trainable.values():
             parameter.data = parameter.data.contiguous()  # directions run along the flat view
@@ -97,15 +98,26 @@ class ZerothOrder(PrivateMethod):
     def preflight(self, rows: Sequence[Any]) -> None:
         """Look at a few rows' losses, together and alone, in every phase, see `check_losses`."""
         _ = self.walker  # a wrong optimizer is found here
+        self._rows = rows
+        for number, phase in enumerate(self.mechanism.plan.phases):
+            self.start_phase(number)
+            self._check_rows(phase.clip_norm)
+        self.start_phase(0)
 
+    def on_train_start(self) -> None:
+        """Under the Trainer's autocast losses are rounded otherwise than in pre-flight: look at the rows again."""
+        super().on_train_start()
+        plan = self.mechanism.plan
+        with self.trainer.precision_plugin.forward_context():
+            if self._rows and torch.is_autocast_enabled(self.device.type):
+                self._check_rows(plan.at(min(self.global_step, plan.steps - 1)).clip_norm)
+
+    def _check_rows(self, clip_norm: float) -> None:
         def losses(micro_batch: MicroBatch) -> Tensor:
             return self.losses(micro_batch)
 
-        for number, phase in enumerate(self.mechanism.plan.phases):
-            self.start_phase(number)
-            # A hundredth of C: the longest row of a micro-batch decides how the others are padded, and so how they round.
-            check_losses(self.model, losses, rows, self.task.collate, 0.01 * phase.clip_norm * self.smoothing)
-        self.start_phase(0)
+        # A hundredth of C: the longest row of a micro-batch decides how the others are padded, and so how they round.
+        check_losses(self.model, losses, self._rows, self.task.collate, 0.01 * clip_norm * self.smoothing)
 
     @property
     def exact(self) -> Mapping[str, Tensor]:

@@ -94,7 +94,9 @@ def check_losses(
     with _sound(model), torch.no_grad():
         before = _compare_with_rows_alone(model, losses, together, collate, allowed)
         with _gates_open(model), _nudged(model):
+            torch.clear_autocast_cache()
             nudged = _compare_with_rows_alone(model, losses, together, collate, allowed)
+    torch.clear_autocast_cache()  # copies of nudged weights
     if torch.equal(before, nudged):
         raise UserError("Pre-flight: losses stay the same when weights move: a module keeps a copy of them; take it out.")
 
@@ -162,14 +164,15 @@ def _compare_with_rows_alone(
     finite = torch.isfinite(alone)
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
-    tolerance = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
+    dtype = next(iter(trainable_parameters(model).values())).dtype
+    tolerance = TOLERANCE[torch.bfloat16 if torch.is_autocast_enabled(found.device.type) else dtype]
     _compare("losses", found[finite], alone[finite], tolerance, way_out=", by a mean, by padding or through a module")
     rounding = float((found - alone)[finite].abs().max())
     if rounding > allowed:
         raise UserError(
             f"Pre-flight: rounding moves a row's loss by {rounding:.2g} when other rows are beside it, expected at most "
-            f"{allowed:.2g}, as differences of losses are divided by twice the smoothing: take model.dtype=float32, or a "
-            "larger method.smoothing or clip_norm."
+            f"{allowed:.2g}, as differences of losses are divided by twice the smoothing: take float32, or a larger "
+            "method.smoothing or clip_norm."
         )
     return found
 
