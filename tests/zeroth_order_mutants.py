@@ -58,6 +58,8 @@ QUERY_MUTANTS = [
     ("rounding under autocast unseen", "27", ZEROTH_PY,
      "self._rows and torch.is_autocast_enabled(self.device.type)", "False",
      (WEIGHTS + "rounding_under_autocast_is_seen_before_the_first_release",)),
+    ("losses with a graph", "32", ZEROTH_PY, "@torch.no_grad()", "@torch.enable_grad()",
+     (WEIGHTS + "losses_are_taken_without_a_graph",)),
     ("any optimizer will do", "16", ZEROTH_PY, "if not isinstance(made, SeededSGD):", "if made is None:",
      (WEIGHTS + "an_optimizer_that_wants_gradients_is_refused",)),
     ("moved weights told by rounded bits", "16", "privacy/callback.py", "in module.exact.items()}",

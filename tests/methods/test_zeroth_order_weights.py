@@ -75,6 +75,20 @@ def test_small_updates_of_bfloat16_weights_count_as_moved(make_walk, plans, tmp_
     assert torch.equal(run.method.model.classifier.bias, torch.ones(3, dtype=torch.bfloat16))
 
 
+def test_losses_are_taken_without_a_graph(make_walk, plans):
+    """A graph would keep every activation: the memory of training, not of inference."""
+    run = make_walk(plans())
+    losses, seen = run.method.task.losses, []
+
+    def noticing(model, batch):
+        seen.append(torch.is_grad_enabled())
+        return losses(model, batch)
+
+    run.method.task.losses = noticing
+    run.method.query(batch_of(run, run.batches.rows[:2]))
+    assert seen == [False, False]
+
+
 def test_weights_are_whole_after_an_error_in_a_forward(make_walk, plans):
     run = make_walk(plans(), microbatch_size=2)
     before = {name: p.detach().clone() for name, p in run.method.trainable.items()}
