@@ -135,11 +135,6 @@ class PrivateMethod(LightningModule):
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
-    @property
-    def exact(self) -> Mapping[str, Tensor]:
-        """What is trained, by name: the parameters, but where a method keeps more exact copies of them."""
-        return self.trainable
-
     def start_phase(self, number: int) -> None:
         """Let the parameters of this phase learn, and no others."""
         for name, parameter in self.trainable.items():
@@ -157,6 +152,11 @@ class PrivateMethod(LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         return optimizer
+
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        """What is trained, by name: the parameters, but where a method keeps more exact copies of them."""
+        return self.trainable
 
     # ---- learning rate
 
