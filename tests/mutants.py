@@ -206,7 +206,7 @@ ACCOUNT_MUTANTS = [
     Mutant("default delta rounded to the nearest", "21", "privacy/plan.py", "math.floor(exact / Fraction(10) ** exponent)",
            "round(exact / Fraction(10) ** exponent)", (PLAN + "default_delta_is_never_rounded_up",)),
     Mutant("plan gives numbers for any release", "24", "privacy/plan.py",
-           "if first <= release < first + self.steps_of(phase):", "if first <= release:",
+           "if first <= release < first + steps:", "if first <= release:",
            (PLAN + "release_after_the_last_does_not_exist", CALLBACK + "no_release_beyond_the_plan")),
     Mutant("plan can be changed", "1", "privacy/plan.py", "@dataclass(frozen=True)\nclass PrivacyPlan:",
            "@dataclass\nclass PrivacyPlan:", (PLAN + "plan_is_frozen[epsilon]",)),
@@ -304,7 +304,8 @@ CALLBACK_MUTANTS = [
 ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
 CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
 ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
+ZEROTH_ORDER_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zeroth_order_mutants.py")))["ZEROTH_ORDER_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
-    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS]),
+    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *ZEROTH_ORDER_MUTANTS]),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""First-order runs small enough to be computed again by hand, through a real Lightning Trainer."""
+"""Runs small enough to be computed again by hand, through a real Lightning Trainer."""
 
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import transformers as hf
 from lightning.pytorch import Callback, Trainer
 
+from privzoo.methods.directions import SeededSGD
 from privzoo.methods.first_order import FirstOrder
+from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.privacy.clipping import BookKeeping
 from privzoo.privacy.noise import GaussianMechanism
 from privzoo.privacy.plan import PrivacyPlan
@@ -68,7 +70,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
-        self.sizes.append([len(m["labels"]) for m in batch.micro_batches])
+        self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
         if trainer.global_step == self.save_after:
             trainer.save_checkpoint(self.save_to)
 
@@ -82,12 +84,12 @@ class Run:
     batches: PoissonBatches
     recorder: Recorder
 
-    def fit(self, start=0, checkpoint=None, accelerator="cpu"):
+    def fit(self, start=0, checkpoint=None, accelerator="cpu", callbacks=(), precision=None):
         """All releases from `start` on, which begin from a checkpoint unless it is 0."""
         trainer = Trainer(
             accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            use_distributed_sampler=False, callbacks=[self.recorder],
+            use_distributed_sampler=False, precision=precision, callbacks=[*callbacks, self.recorder],
         )  # fmt: skip
         trainer.fit(self.method, private_loader(self.batches, start), ckpt_path=checkpoint)
         return trainer
@@ -104,18 +106,24 @@ def make_run():
 
     def make(
         plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
-        optimizer=ADAM, lr=1e-2, **options,
+        optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, **options,
     ):  # fmt: skip
-        key, task = RunKey.for_tests(seed), Texts()
-        method = FirstOrder(
-            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr,
-            engine=engine, **options,
-        )  # fmt: skip
+        key, task = RunKey.for_tests(seed), task or Texts()
+        options |= {"engine": engine} if kind is FirstOrder else {}
+        method = kind(
+            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
+        )
         draws = PoissonDraws(plan, key, "digest")
         batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)
         return Run(method.train(), draws, batches, Recorder())
 
     return make
+
+
+@pytest.fixture
+def make_walk(make_run):
+    """`make_walk(plan, directions=3, …)`: the same run with DPZero."""
+    return partial(make_run, kind=ZerothOrder, optimizer=SeededSGD)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ class PrivateMethod(LightningModule):
         setting = self.mechanism.plan.at(batch.release)
         if setting.index == 0 and setting.phase > 0:
             self.start_phase(setting.phase)
-            self._optimizer().state.clear()  # the moments of gradients of other parameters, clipped otherwise
+            self.forget_moments()
         sums = self.query(batch)
         # ---- private data end here ----
         self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
@@ -162,6 +162,10 @@ class PrivateMethod(LightningModule):
         for name, parameter in self.trainable.items():
             parameter.requires_grad_(name in self.trained_in[number])
 
+    def forget_moments(self) -> None:
+        """Between phases: they are of gradients of other parameters, clipped otherwise."""
+        self._optimizer().state.clear()
+
     def finish_step(self) -> None:
         """One step of optimizer and schedule, whose count is Lightning's global_step."""
         optimizer = self._optimizer()
@@ -192,14 +196,20 @@ class PrivateMethod(LightningModule):
         assert not isinstance(optimizer, list)
         return optimizer
 
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        """What is trained, by name: the parameters, but where a method keeps more exact copies of them."""
+        return self.trainable
+
     # ---- learning rate
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer()
+        optimizer = self.new_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr_at(release) / self.lrs[0])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of a fit."""
         phases = len(self.mechanism.plan.phases)
         self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lrs[0], phases)
         if self.average is not None and has_modes(self.made):
@@ -263,7 +273,7 @@ class PrivateMethod(LightningModule):
             raise UserError(
                 "The checkpoint's optimizer has other groups of parameters: another version made it; start again."
             )
-        if self.made is None and has_modes(self._make_optimizer()):  # a run that is over is scored without training again
+        if self.made is None and has_modes(self.new_optimizer()):  # a run that is over is scored without training again
             self.made.load_state_dict(checkpoint["optimizer_states"][0])  # type: ignore[attr-defined]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ class PrivateModule(Protocol):
 
     mechanism: GaussianMechanism
     weights: str  # fingerprint of the trainable parameters that the next release is taken at
-    trainable: dict[str, torch.nn.Parameter]
+    exact: Mapping[str, torch.Tensor]  # what is trained, in the precision in which updates add up
     active: dict[str, torch.nn.Parameter]  # those of them that the phase at hand trains
 
 
@@ -125,7 +126,7 @@ def _private(module: LightningModule) -> Any:
 
 
 def _fingerprints(module: PrivateModule) -> dict[str, str]:
-    return {name: fingerprint([(name, p)]) for name, p in module.trainable.items()}
+    return {name: fingerprint([(name, p)]) for name, p in module.exact.items()}
 
 
 def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> int:

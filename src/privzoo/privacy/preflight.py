@@ -1,5 +1,6 @@
-"""Checks before the first release: no module couples examples, and the engine is exact on this very model."""
+"""Checks before the first release: no module couples examples, and engine and losses are right on this very model."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from privzoo.privacy.clipping.loop import Loop
 from privzoo.privacy.sampling import MicroBatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+OR_THE_ENGINE = (
+    " or the engine misreads the model; take method.engine._target_=privzoo.privacy.clipping.Loop to find out which"
+)
 
 
 def refuse_coupling_modules(model: nn.Module) -> None:
@@ -56,17 +60,59 @@ def check_engine(
     Raises:
         UserError: naming what differs.
     """
+    check_function(getattr(engine, "clipping", FLAT))
+    together = [rows[i] for i in range(min(4, len(rows)))]
+    with _sound(model), _gates_open(model):
+        _compare_with_loop(engine, model, losses, together, collate, clip_norm)
+    _refuse_unused(model, losses(collate(together)))
+
+
+def check_losses(
+    model: nn.Module,
+    losses: Callable[[MicroBatch], Tensor],
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], MicroBatch],
+    allowed: float = math.inf,
+) -> None:
+    """Look at the losses of a few real rows, for methods that need no gradients.
+
+    Passing means: losses are one a row, rows do not influence one another (but for rounding, and by that not more than is
+    `allowed`), the same weights give the same losses twice (no dropout), other weights give others (no module keeps weights
+    of before), no buffer keeps anything of the data, and trained tensors hold floating-point numbers. The weights are
+    afterwards what they were, bit by bit.
+
+    Args:
+        losses: micro-batch to losses (R,), on the model's device.
+        rows: encoded examples; the first four are used.
+        allowed: how far a row's loss may differ between a batch and the row alone. Who divides differences of losses by a
+            small number makes rounding large: one example's absence would move what the others contribute.
+    Raises:
+        UserError: naming what is wrong.
+    """
+    for name, parameter in trainable_parameters(model).items():
+        if not parameter.is_floating_point():
+            raise UserError(f"{name} holds {parameter.dtype}, which cannot be moved by a little: freeze it.")
+    together = [rows[i] for i in range(min(4, len(rows)))]
+    with _sound(model), torch.no_grad():
+        before = _compare_with_rows_alone(model, losses, together, collate, allowed)
+        with _gates_open(model), _nudged(model):
+            torch.clear_autocast_cache()
+            nudged = _compare_with_rows_alone(model, losses, together, collate, allowed)
+    torch.clear_autocast_cache()  # copies of nudged weights
+    if torch.equal(before, nudged):
+        raise UserError("Pre-flight: losses stay the same when weights move: a module keeps a copy of them; take it out.")
+
+
+@contextmanager
+def _sound(model: nn.Module) -> Iterator[None]:
+    """Refuses weights that are not finite before, and buffers that have changed after."""
     if any(not torch.isfinite(p).all() for p in model.parameters()):
         raise UserError("The model's weights are not all finite: take another checkpoint.")
-    check_function(getattr(engine, "clipping", FLAT))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    together = [rows[i] for i in range(min(4, len(rows)))]
-    with _gates_open(model):
-        _compare_with_loop(engine, model, losses, together, collate, clip_norm)
+    yield
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise UserError(f"{name} is a buffer that changes with the data: it would publish them; take it out.")
-    _refuse_unused(model, losses(collate(together)))
 
 
 @contextmanager
@@ -83,6 +129,54 @@ def _gates_open(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, value in zip(shut, kept, strict=True):
             parameter.data.copy_(value)
+
+
+@contextmanager
+def _nudged(model: nn.Module) -> Iterator[None]:
+    """Flips a middle bit of every trainable value meanwhile, which moves it by about a thousandth of its size (bfloat16: its
+    last bit, a hundredth); a bit that is flipped twice is the same bit, so that no copy of the weights is needed."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    views = []
+    for parameter in trainable_parameters(model).values():
+        digits = round(-math.log2(torch.finfo(parameter.dtype).eps))
+        views.append((parameter.detach().view(whole[parameter.element_size()]), 1 << max(0, digits - 10)))
+    for view, bit in views:
+        view.bitwise_xor_(bit)
+    try:
+        yield
+    finally:
+        for view, bit in views:
+            view.bitwise_xor_(bit)
+
+
+def _compare_with_rows_alone(
+    model: nn.Module,
+    losses: Callable[[MicroBatch], Tensor],
+    together: list[Any],
+    collate: Callable[[list[Any]], MicroBatch],
+    allowed: float,
+) -> Tensor:
+    """The losses of the rows together, if they are those of each row alone."""
+    found = losses(collate(together))
+    if found.shape != (len(together),):
+        raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found shape {tuple(found.shape)}.")
+    if not torch.equal(found.nan_to_num(), losses(collate(together)).nan_to_num()):
+        raise UserError("Pre-flight: the same rows have other losses the second time: set every dropout to 0.")
+    alone = torch.cat([losses(collate([row])) for row in together])
+    finite = torch.isfinite(alone)
+    if not finite.any():
+        raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
+    dtype = next(iter(trainable_parameters(model).values())).dtype
+    tolerance = TOLERANCE[torch.bfloat16 if torch.is_autocast_enabled(found.device.type) else dtype]
+    _compare("losses", found[finite], alone[finite], tolerance, way_out=", by a mean, by padding or through a module")
+    rounding = float((found - alone)[finite].abs().max())
+    if rounding > allowed:
+        raise UserError(
+            f"Pre-flight: rounding moves a row's loss by {rounding:.2g} when other rows are beside it, expected at most "
+            f"{allowed:.2g}, as differences of losses are divided by twice the smoothing: take float32, or a larger "
+            "method.smoothing or clip_norm."
+        )
+    return found
 
 
 def _compare_with_loop(
@@ -120,14 +214,15 @@ def _compare_with_loop(
         _compare(f"the clipped sum of {name}", found.sums[name], expected, tolerance, scale)
 
 
-def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> None:
+def _compare(
+    what: str, found: Tensor, expected: Tensor, tolerance: float, scale: float | None = None, way_out: str = ""
+) -> None:
     scale = float(expected.abs().max()) if scale is None else scale
     if not bool(((found - expected).abs() <= tolerance * max(scale, 1e-12)).all()):
         worst = float((found - expected).abs().max())
         raise UserError(
             f"Pre-flight: {what} of a batch and of its rows alone differ by {worst:.3g} (scale {scale:.3g}): examples "
-            "influence one another or the engine misreads the model; take method.engine._target_="
-            "privzoo.privacy.clipping.Loop to find out which."
+            f"influence one another{way_out or OR_THE_ENGINE}."
         )
 
 

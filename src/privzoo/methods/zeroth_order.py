@@ -1,0 +1,187 @@
+"""DPZero: a private step from losses alone. Without privacy (eps=inf) it is MeZO.
+
+For each of K random directions u the weights stand at theta + lambda u and at theta - lambda u while the losses of the
+batch are taken, without gradients. One example's contribution is the K-vector of (l+ - l-) / (2 lambda), clipped to norm C;
+noise goes on the sum, a vector of K numbers, and the weights move along the directions.
+
+Source: Zhang et al. 2024, "DPZero: Private Fine-Tuning of Language Models without Backpropagation", Algorithm 2; Malladi et
+al. 2023 (MeZO).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from privzoo.errors import UserError
+from privzoo.methods.base import Interrupted, PrivateMethod
+from privzoo.methods.directions import KINDS, Direction, SeededSGD
+from privzoo.privacy.clipping.engine import checked_units, clip_factors
+from privzoo.privacy.plan import ReleaseSetting
+from privzoo.privacy.preflight import check_losses
+from privzoo.privacy.sampling import LogicalBatch, MicroBatch
+
+GRID = 2.0**-23  # the distance of two float32 numbers between 1 and 2
+
+
+class ZerothOrder(PrivateMethod):
+    """Query: the sum of per-example slopes along K directions, each K-vector clipped. Update: a step along them.
+
+    Formal guarantee: the directions are drawn from a stream of their own, before the data are looked at; one example's
+    K-vector has L2 norm at most clip_norm, so that a release is one Poisson-sampled Gaussian event, whatever K. The
+    weights are moved while the losses are taken, and back by the end of the query.
+
+    Args:
+        smoothing: lambda > 0, how far the weights are moved along a direction; rounded to a multiple of 2^-23, so that
+            float32 weights below 2 take a Rademacher step there and back without drifting: they round once, by at most
+            half a unit in the last place.
+        directions: K, directions a release.
+        direction_kind: "rademacher", "normal" or "sphere", see `Direction`.
+        rest: as for `PrivateMethod`; `optimizer` is a partial of `SeededSGD`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        smoothing: float = 1e-3,
+        directions: int = 1,
+        direction_kind: str = "rademacher",
+        **rest: Any,
+    ) -> None:
+        super().__init__(*args, **rest)
+        if not isinstance(smoothing, (int, float)) or not 0 < smoothing < math.inf:
+            raise UserError(f"Expected method.smoothing={smoothing} to be a number above 0.")
+        if not isinstance(directions, int) or directions < 1:
+            raise UserError(f"Expected method.directions={directions} to be a whole number of at least 1.")
+        if direction_kind not in KINDS:
+            raise UserError(f"Expected method.direction_kind={direction_kind} to be one of {', '.join(KINDS)}.")
+        self.smoothing = max(1, round(smoothing / GRID)) * GRID
+        self.directions, self.direction_kind = directions, direction_kind
+        self._rows: Sequence[Any] = ()
+        self._made: tuple[Any, list[Direction]] = (None, [])
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.contiguous()  # directions run along the flat view
+
+    def query(self, batch: LogicalBatch) -> dict[str, Tensor]:
+        """Sum over the logical batch of the clipped slopes, `{"directions": (K,)}` in float64; zeros for an empty draw.
+
+        An example with a slope that is not finite contributes nothing. Weights in float32 come back to within rounding.
+
+        Raises:
+            Interrupted: before the weights are moved, if a stop was asked for. Not later: after a move the weights are
+                no longer those that the release's noise is keyed by, and a checkpoint of them would be of no release.
+        """
+        if self.stop_requested:
+            raise Interrupted
+        self.private_metrics.clear()
+        if not batch.micro_batches:
+            return {"directions": torch.zeros(self.directions, dtype=torch.float64)}
+        both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, R)
+        self.private_metrics["private/loss"] = float(both.mean())
+        slopes = (both[:, 0] - both[:, 1]).t() / (2 * self.smoothing)
+        return {"directions": clipped_sum(slopes, self.mechanism.plan.at(batch.release).clip_norm)}
+
+    def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
+        """theta <- theta - lr / K * sum over k of (noisy sum k / B) u_k, with the expected batch size B.
+
+        Args:
+            noisy_sums: released sums, `{"directions": (K,)}`.
+            setting: of the release that they are of.
+        """
+        slopes = (noisy_sums["directions"] / (setting.batch_size * self.directions)).tolist()
+        self.walker.slopes = list(zip(self._directions(setting.number), slopes, strict=True))
+        self.finish_step()
+
+    def preflight(self, rows: Sequence[Any]) -> None:
+        """Look at a few rows' losses, together and alone, in every phase, see `check_losses`."""
+        _ = self.walker  # a wrong optimizer is found here
+        self._rows = rows
+        for number, phase in enumerate(self.mechanism.plan.phases):
+            self.start_phase(number)
+            self._check_rows(phase.clip_norm)
+        self.start_phase(0)
+
+    def on_train_start(self) -> None:
+        """Under the Trainer's autocast losses are rounded otherwise than in pre-flight: look at the rows again."""
+        super().on_train_start()
+        plan = self.mechanism.plan
+        with self.trainer.precision_plugin.forward_context():
+            if self._rows and torch.is_autocast_enabled(self.device.type):
+                self._check_rows(plan.at(min(self.global_step, plan.steps - 1)).clip_norm)
+
+    def _check_rows(self, clip_norm: float) -> None:
+        def losses(micro_batch: MicroBatch) -> Tensor:
+            return self.losses(micro_batch)
+
+        # A hundredth of C: the longest row of a micro-batch decides how the others are padded, and so how they round.
+        check_losses(self.model, losses, self._rows, self.task.collate, 0.01 * clip_norm * self.smoothing)
+
+    @property
+    def exact(self) -> Mapping[str, Tensor]:
+        return {name: self.walker.exact(parameter) for name, parameter in self.trainable.items()}
+
+    @cached_property
+    def walker(self) -> SeededSGD:
+        """The optimizer; the query moves the weights with it too, as it holds their float32 copies."""
+        made = super().new_optimizer()
+        if not isinstance(made, SeededSGD):
+            raise UserError(
+                f"Expected method.optimizer to be privzoo.methods.directions.SeededSGD, found {type(made).__name__}: it "
+                "would want gradients, and there are none."
+            )
+        return made
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return self.walker
+
+    def forget_moments(self) -> None:
+        """There are none; the optimizer's state is the float32 copies of the weights."""
+
+    def _directions(self, release: int) -> list[Direction]:
+        wanted = (release, self.weights, tuple(self.active))
+        if self._made[0] != wanted:
+            key, digest = self.mechanism.key, self.mechanism.digest + self.weights
+            numbers, kind = range(self.directions), self.direction_kind
+            self._made = wanted, [Direction(key, kind, release, digest, number, self.active) for number in numbers]
+        return self._made[1]
+
+    def _losses_on_both_sides(self, batch: LogicalBatch, direction: Direction) -> Tensor:
+        """Losses at theta + lambda u and at theta - lambda u, shape (2, R), float64 on the CPU."""
+        at, found = 0.0, []
+        try:
+            for place in (self.smoothing, -self.smoothing):
+                self.walker.displace(direction, at, place)
+                at = place
+                found.append(self._losses(batch))
+        finally:
+            self.walker.displace(direction, at, 0.0)
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _losses(self, batch: LogicalBatch) -> Tensor:
+        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]
+        for losses in found:
+            checked_units(losses, None)
+        return torch.cat(found).to("cpu", torch.float64)
+
+
+def clipped_sum(slopes: Tensor, clip_norm: float) -> Tensor:
+    """Sum over rows of the rows, each scaled to an L2 norm of at most clip_norm.
+
+    Adding or removing a row moves the result by at most clip_norm, up to rounding of float64. A row that is not finite
+    contributes nothing.
+
+    Args:
+        slopes: of R examples along K directions, shape (R, K).
+        clip_norm: C > 0; inf turns clipping off.
+    Returns:
+        Shape (K,).
+
+    >>> clipped_sum(torch.tensor([[3.0, 4.0], [0.0, 0.5], [float("nan"), 1.0]]), clip_norm=1.0)
+    tensor([0.6000, 1.3000])
+    """
+    factors = clip_factors(torch.linalg.vector_norm(slopes, dim=1), clip_norm)[:, None]
+    return torch.where(factors > 0, slopes * factors, torch.zeros_like(slopes)).sum(0)

@@ -1,0 +1,123 @@
+"""Wrong directions, queries and updates of DPZero: (name, lines, file, old, new, tests) as in tests/mutants.py."""
+
+ZEROTH, WEIGHTS = "tests/methods/test_zeroth_order.py::test_", "tests/methods/test_zeroth_order_weights.py::test_"
+DIRECTIONS, LOSSES = "tests/methods/test_directions.py::test_", "tests/privacy/test_preflight_losses.py::test_"
+ZEROTH_PY, DIRECTIONS_PY, PREFLIGHT_PY = "methods/zeroth_order.py", "methods/directions.py", "privacy/preflight.py"
+
+QUERY, UPDATE = ZEROTH + "a_query_by_hand", ZEROTH + "an_update_by_hand"
+ONE_MORE, PAIRS = ZEROTH + "one_example_moves_the_sum_by_at_most_c", ZEROTH + "a_thousand_random_pairs"
+WHOLE = ZEROTH + "a_release_is_clipped_sum_plus_noise_over_b_along_the_directions"
+RUN, NEIGHBOURS = ZEROTH + "directions_of_a_run", ZEROTH + "released_numbers_of_neighbours"
+FACTORS = "clip_factors(torch.linalg.vector_norm(slopes, dim=1), clip_norm)[:, None]"
+NAME = 'f"{self.number} {self._names[id(parameter)]}"'
+STREAM = 'self.key.stream("direction", self.release, self.digest, name, block)'
+BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n"
+LOSSES_OF_BATCH = "        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]\n"
+
+QUERY_MUTANTS = [
+    ("clip the sum of slopes", "5", ZEROTH_PY, FACTORS,
+     "clip_factors(torch.linalg.vector_norm(slopes.sum(0)).expand(len(slopes)), clip_norm)[:, None]", (QUERY,)),
+    ("slopes not clipped", "5", ZEROTH_PY, FACTORS,
+     "clip_factors(torch.linalg.vector_norm(slopes, dim=1), math.inf)[:, None]", (ONE_MORE, PAIRS, NEIGHBOURS)),
+    ("each of K slopes clipped alone", "5", ZEROTH_PY, FACTORS, "clip_factors(slopes.abs(), clip_norm)",
+     (f"{ONE_MORE}[3]", f"{PAIRS}[3]")),
+    ("slopes normalised", "5", ZEROTH_PY, FACTORS, "(clip_norm / torch.linalg.vector_norm(slopes, dim=1))[:, None]",
+     (QUERY,)),
+    ("NaN unmasked in slopes", "9", ZEROTH_PY, "torch.where(factors > 0, slopes * factors, torch.zeros_like(slopes))",
+     "(slopes * factors)", (ZEROTH + "a_poisoned_example_contributes_nothing",)),
+    ("slopes over lambda, not twice lambda", "5", ZEROTH_PY, "/ (2 * self.smoothing)", "/ self.smoothing", (QUERY,)),
+    ("one side of the difference is theta", "5", ZEROTH_PY, "(self.smoothing, -self.smoothing)", "(self.smoothing, 0.0)",
+     (QUERY,)),
+    ("ascent", "5", ZEROTH_PY, "both[:, 0] - both[:, 1]", "both[:, 1] - both[:, 0]", (QUERY, UPDATE)),
+    ("sum over directions, not mean", "5", ZEROTH_PY, "(setting.batch_size * self.directions)", "setting.batch_size",
+     (WHOLE,)),
+    ("a step along other directions", "5", ZEROTH_PY, "zip(self._directions(setting.number)",
+     "zip(self._directions(setting.number + 1)", (WHOLE, ZEROTH + "without_privacy_it_is_mezo")),
+    ("an empty draw has one number", "19", ZEROTH_PY, "torch.zeros(self.directions, dtype", "torch.zeros(1, dtype",
+     (ZEROTH + "an_empty_draw_releases_noise",)),
+    ("half the noise on slopes", "6", "privacy/noise.py", "noise_std = setting.noise_multiplier",
+     "noise_std = 0.5 * setting.noise_multiplier", (NEIGHBOURS, ZEROTH + "k_numbers_are_one_gaussian_event")),
+    ("noise on a copy of the slopes", "6", "methods/base.py", "self.mechanism.release(sums, batch",
+     "self.mechanism.release({name: value.clone() for name, value in sums.items()}, batch", (NEIGHBOURS, WHOLE)),
+    ("a stop in mid-release", "35", ZEROTH_PY, LOSSES_OF_BATCH,
+     f"        if self.stop_requested:\n            raise Interrupted\n{LOSSES_OF_BATCH}",
+     (WEIGHTS + "a_stop_comes_before_the_weights_are_moved",)),
+    ("weights left moved after an error", "32", ZEROTH_PY, BACK,
+     BACK.replace("finally:", "except ValueError:\n            raise\n        else:"),
+     (WEIGHTS + "weights_are_whole_after_an_error_in_a_forward",)),
+    ("weights left moved after the query", "32", ZEROTH_PY, BACK, "        finally:\n            pass\n", (QUERY, UPDATE)),
+    ("smoothing off the grid", "32", ZEROTH_PY, "max(1, round(smoothing / GRID)) * GRID", "float(smoothing)",
+     (WEIGHTS + "float32_weights_come_back_to_within_rounding",)),
+    ("what rests is moved", "16", ZEROTH_PY, "number, self.active)", "number, self.trainable)",
+     (WEIGHTS + "a_direction_runs_along_the_phase_alone",)),
+    ("no pre-flight of losses", "7", ZEROTH_PY, "check_losses(self.model, losses, self._rows, self.task.collate, 0.01",
+     "max(0.0, 0.01",
+     (WEIGHTS + "preflight_looks_at_losses",)),
+    ("slopes may round as they will", "27", ZEROTH_PY, "0.01 * clip_norm * self.smoothing", "math.inf",
+     (WEIGHTS + "preflight_knows_what_rounding_does_to_slopes",)),
+    ("rounding under autocast unseen", "27", ZEROTH_PY,
+     "self._rows and torch.is_autocast_enabled(self.device.type)", "False",
+     (WEIGHTS + "rounding_under_autocast_is_seen_before_the_first_release",)),
+    ("losses with a graph", "32", ZEROTH_PY, "@torch.no_grad()", "@torch.enable_grad()",
+     (WEIGHTS + "losses_are_taken_without_a_graph",)),
+    ("any optimizer will do", "16", ZEROTH_PY, "if not isinstance(made, SeededSGD):", "if made is None:",
+     (WEIGHTS + "an_optimizer_that_wants_gradients_is_refused",)),
+    ("moved weights told by rounded bits", "16", "privacy/callback.py", "in module.exact.items()}",
+     "in module.trainable.items()}", (WEIGHTS + "small_updates_of_bfloat16_weights_count_as_moved",)),
+]  # fmt: skip
+
+DIRECTION_MUTANTS = [
+    ("noise from the direction's stream", "30", "privacy/noise.py", 'self.key.stream("noise"', 'self.key.stream("direction"',
+     (ZEROTH + "noise_is_apart_from_the_direction",)),
+    ("directions from the noise's stream", "30", DIRECTIONS_PY, STREAM, STREAM.replace("direction", "noise"),
+     (DIRECTIONS + "a_direction_is_its_own_stream",)),
+    ("directions not keyed by the weights", "30", ZEROTH_PY, "self.mechanism.digest + self.weights", "self.mechanism.digest",
+     (RUN,)),
+    ("one direction for all releases", "30", ZEROTH_PY, "Direction(key, kind, release,", "Direction(key, kind, 0,", (RUN,)),
+    ("K times one direction", "30", DIRECTIONS_PY, NAME, "self._names[id(parameter)]",
+     (RUN, DIRECTIONS + "directions_that_differ_in_anything_are_independent")),
+    ("one direction for all tensors", "30", DIRECTIONS_PY, NAME, "str(self.number)",
+     (DIRECTIONS + "directions_that_differ_in_anything_are_independent",)),
+    ("one direction for all blocks", "30", DIRECTIONS_PY, STREAM, STREAM.replace("block", "0"),
+     (DIRECTIONS + "a_direction_is_drawn_again_as_it_was",)),
+    ("the sphere is not one", "30", DIRECTIONS_PY, 'self._scale if self.kind == "sphere" else 1.0', "1.0",
+     (DIRECTIONS + "length_over_all_parameters_together[sphere]",)),
+    ("every sign from one bit of a word", "30", DIRECTIONS_PY, "torch.arange(32, dtype=torch.int32, device=device)[:, None]",
+     "torch.full((32, 1), 5, dtype=torch.int32, device=device)", (DIRECTIONS + "moments[rademacher]",)),
+    ("autocast keeps old weights", "32", DIRECTIONS_PY, "        torch.clear_autocast_cache()", "        pass",
+     (DIRECTIONS + "autocast_sees_moved_weights",)),
+    ("updates in the parameter's own precision", "32", DIRECTIONS_PY, ">= 4:\n            return",
+     ">= 2:\n            return",
+     (DIRECTIONS + "an_update_of_a_millionth_is_not_swallowed", WEIGHTS + "bfloat16_weights_come_back_bit_by_bit")),
+    ("places reckoned from rounded weights", "32", DIRECTIONS_PY, ".add_(exact[place])", ".add_(flat[place])",
+     (DIRECTIONS + "low_precision_stands_at_rounded_exact_places",)),
+    ("float32 copies rounded by a checkpoint", "32 35", DIRECTIONS_PY,
+     'self.state[parameter]["exact"] = state["exact"].detach().clone().to(parameter.device)', "assert parameter is not None",
+     (DIRECTIONS + "exact_copies_outlive_a_checkpoint", WEIGHTS + "a_resumed_run_makes_the_same_weights")),
+    ("the model never sees the copy", "32", DIRECTIONS_PY, "parameter.copy_(exact)", "pass",
+     (DIRECTIONS + "an_update_of_a_millionth_is_not_swallowed",)),
+    ("one rate for all groups", "5", DIRECTIONS_PY, '-group["lr"]', '-self.param_groups[0]["lr"]',
+     (DIRECTIONS + "a_step_by_hand",)),
+]  # fmt: skip
+
+LOSSES_MUTANTS = [
+    ("gates stay shut for the losses", "7", PREFLIGHT_PY, "with _gates_open(model), _nudged(model):", "with _nudged(model):",
+     (LOSSES + "coupling_is_refused[a gate that is 0 before a mean]",)),
+    ("nudged weights stay nudged", "32", PREFLIGHT_PY, "finally:\n        for view, bit in views:",
+     "finally:\n        for view, bit in []:", (LOSSES + "a_right_model_passes_and_is_left_as_it_was",)),
+    ("the same losses are not asked for twice", "29", PREFLIGHT_PY,
+     "if not torch.equal(found.nan_to_num(), losses(collate(together)).nan_to_num()):", "if found is None:",
+     (LOSSES + "dropout_is_refused",)),
+    ("kept copies of weights go unnoticed", "29", PREFLIGHT_PY, "if torch.equal(before, nudged):", "if before is nudged:",
+     (LOSSES + "a_kept_copy_of_the_weights_is_refused",)),
+    ("rows without a finite loss pass", "9", PREFLIGHT_PY,
+     "if not finite.any():\n        raise UserError(f\"None of {len(together)} examples has a finite loss",
+     "if False:\n        raise UserError(f\"None of {len(together)} examples has a finite loss",
+     (LOSSES + "only_rows_with_a_finite_loss_are_compared",)),
+    ("rounding of losses unseen", "27", PREFLIGHT_PY, "if rounding > allowed:", "if rounding > 1:",
+     (LOSSES + "rounding_beyond_what_is_allowed_is_refused",)),
+    ("fewer losses than rows pass", "7", PREFLIGHT_PY, "if found.shape != (len(together),):", "if found.dim() > 1:",
+     (LOSSES + "losses_are_one_a_row",)),
+]  # fmt: skip
+
+ZEROTH_ORDER_MUTANTS = [*QUERY_MUTANTS, *DIRECTION_MUTANTS, *LOSSES_MUTANTS]
