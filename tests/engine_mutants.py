@@ -315,6 +315,8 @@ PREFLIGHT_MUTANTS = [
 ]  # fmt: skip
 
 METHOD_MUTANTS = [
+    ("a second pass through 4-bit layers", "26 27", TWO_PASS_PY, "if p.element_size() < 4), None)", "if not n), None)",
+     (ATTACKS + "a_second_pass_through_a_frozen_half_precision_layer_is_refused",)),
     ("divided by the realised batch", "3", BASE_PY, "self.update(sums, setting)",
      'self.update(sums, __import__("dataclasses").replace(setting, batch_size=sum(len(m["labels"]) for m in '
      'batch.micro_batches) or 1))',
@@ -348,7 +350,8 @@ METHOD_MUTANTS = [
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
     ("the head's rate for everything", "24", BASE_PY, 'parts = [group["lr"] / self.lrs[0] for group in',
      "parts = [self.head_lr_factor for group in", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
-    ("a head alone is trained without a word", "16", TRAINABLE_PY, "if not chosen - set(new_head):", "if not chosen:",
+    ("a head alone is trained without a word", "16", TRAINABLE_PY, "if not chosen - (set() if pattern == \"head\" else set(new_head)):",
+     "if not chosen:",
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 

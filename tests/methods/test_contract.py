@@ -35,7 +35,7 @@ CONFIGS = {
                                 image_size=8, patch_size=4, num_labels=LABELS, initializer_range=0.2, **NO_DROPOUT),
 }  # fmt: skip
 METHODS = {
-    "dp_full": [], "dp_bitfit": [], "dp_lora": [], "dp_head": [], "dp_qlora": [],
+    "dp_full": [], "dp_bitfit": [], "dp_lora": [], "dp_head": [], "dp_qlora": [], "dpzero": [],
     "dp_bitfit with new biases": ["method.add_bias=true"],
     "dp_full of the last block": ["method.trainable='(layers|layer|h)[.]1[.]'"],
     "dp_bitfit_two_phase": ["method.phases=[{epochs: 0.4, trainable: all, lr: 0.02},{trainable: biases}]"],
@@ -169,9 +169,10 @@ def _reloads_without_privzoo(run: Run, architecture: str, folder: str, to) -> No
         )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dp_full", "dp_bitfit")])  # those are in test_twin
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dp_full", "dp_bitfit", "dpzero")])
 def test_the_twin_is_ordinary_training(method, bases):
-    """eps=inf against torch.optim on losses.sum() / B over the same draws, phases included; no clipping, no noise."""
+    """eps=inf against torch.optim on losses.sum() / B over the same draws, phases included; no clipping, no noise. Those of
+    dp_full, dp_bitfit and dpzero have tests of their own."""
     architecture = "mistral" if "new biases" in method else "roberta"
     run = make(method, architecture, bases(architecture), private=False)
     private, plan = run.method, run.method.mechanism.plan

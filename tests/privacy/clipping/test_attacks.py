@@ -125,8 +125,27 @@ def test_a_second_pass_in_bf16_is_refused(autocast):
     """PRIVACY line 27: it would round on its own, by up to 2^-8 of each part, beyond the clip norm."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).to(torch.float32 if autocast else torch.bfloat16)
     data = torch.randn(2, 4, 16).to(model[0].weight.dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(UnsupportedUse, match="bfloat16"):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(UnsupportedUse, match=r"bfloat16|less than 32"),
+    ):
         GhostTwoPass(model)(lambda: model(data).square().flatten(1).sum(1), 0.03)
+
+
+def test_a_second_pass_through_a_frozen_half_precision_layer_is_refused():
+    """PRIVACY lines 26 and 27: what is trained is float32, but its weighted gradient comes back through bfloat16."""
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(self.first(x).bfloat16()).float()
+
+    model = Between()
+    with pytest.raises(UnsupportedUse, match=r"frozen\.weight has less than 32 bits"):
+        GhostTwoPass(model)(lambda: model(torch.ones(2, 4)).sum(1), 0.03)
 
 
 def test_one_id_a_row():

@@ -20,7 +20,7 @@ from privzoo.privacy.clipping.engine import (
 )
 from privzoo.privacy.clipping.functions import FLAT, ClippingFunction
 from privzoo.privacy.clipping.gradients import Book
-from privzoo.privacy.clipping.layouts import Layouts
+from privzoo.privacy.clipping.layouts import Layouts, UnsupportedUse
 
 
 class GhostTwoPass:
@@ -50,8 +50,9 @@ class GhostTwoPass:
         """Run `forward` twice; arguments and result as for `Loop`.
 
         Raises:
-            UnsupportedUse: if a trainable parameter is used in a way that is not known.
+            UnsupportedUse: if a trainable parameter is used in a way that is not known, or anything is of less than float32.
         """
+        self._refuse_coarse()
         parameters = trainable_parameters(self.model)
         sums = {} if into is None else into
         device = next(iter(parameters.values())).device
@@ -72,6 +73,15 @@ class GhostTwoPass:
                 return engine(forward, clip_norm, unit_of_row, into)
             self._add_weighted(parameters, sums, forward, factors, unit_of_row)
         return ClippedSums(sums, norms, losses)
+
+    def _refuse_coarse(self) -> None:
+        """A frozen 4-bit or half-precision layer rounds the weighted gradient that passes through it on its way back."""
+        coarse = next((n for n, p in self.model.named_parameters() if p.element_size() < 4), None)
+        if coarse is not None:
+            raise UnsupportedUse(
+                f"{coarse} has less than 32 bits: the second pass would round on its own, beyond the clip norm; take "
+                "BookKeeping, or model.dtype=float32 without quantisation."
+            )
 
     @staticmethod
     def _add_weighted(
