@@ -19,7 +19,8 @@ setup: .venv/.complete
 
 # Finished runs are not done again: their id decides.
 demo: setup
-	$(BIN)/python -m privzoo.train -m method=dp_full,dp_bitfit eps=3,8,inf output_dir=runs/demo
+	$(BIN)/python -m privzoo.train -m method=dp_full,dp_bitfit,dp_lora,dp_qlora,dp_head,dpzero \
+	  eps=3,8,inf output_dir=runs/demo
 	$(BIN)/python -m privzoo.reporting.display runs/demo
 
 test: setup

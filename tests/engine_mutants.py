@@ -350,8 +350,8 @@ METHOD_MUTANTS = [
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
     ("the head's rate for everything", "24", BASE_PY, 'parts = [group["lr"] / self.lrs[0] for group in',
      "parts = [self.head_lr_factor for group in", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
-    ("a head alone is trained without a word", "16", TRAINABLE_PY, "if not chosen - (set() if pattern == \"head\" else set(new_head)):",
-     "if not chosen:",
+    ("a head alone is trained without a word", "16", TRAINABLE_PY,
+     'if not chosen - (set() if pattern == "head" else set(new_head)):', "if not chosen:",
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 

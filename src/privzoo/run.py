@@ -22,7 +22,8 @@ from privzoo.files import write_json
 from privzoo.identity import digest_of_run, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.models.adapters import merge
-from privzoo.models.loading import LoadedModel, turn_on_checkpointing
+from privzoo.models.checkpointing import turn_on_checkpointing
+from privzoo.models.loading import LoadedModel
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card

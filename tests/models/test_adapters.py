@@ -9,7 +9,8 @@ import transformers as hf
 
 from privzoo.errors import UserError
 from privzoo.models.adapters import add_biases, load_adapter, merge, query_and_value, wrap
-from privzoo.models.loading import load, turn_on_checkpointing
+from privzoo.models.checkpointing import turn_on_checkpointing
+from privzoo.models.loading import load
 
 LORA = partial(peft.LoraConfig, r=2, lora_alpha=4)
 BIAS = partial(peft.LoraConfig, r=1, lora_alpha=1, lora_bias=True)

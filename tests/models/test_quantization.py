@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from privzoo.errors import UserError
 from privzoo.models.adapters import merge, wrap
-from privzoo.models.loading import load, turn_on_checkpointing
+from privzoo.models.checkpointing import turn_on_checkpointing
+from privzoo.models.loading import load
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.privacy.noise import fingerprint
 
