@@ -248,5 +248,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")  # peft asks for it
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and sets what GPT-2 needs
+    warnings.filterwarnings("ignore", message="Adapter .* LoRA tensor.* have invalid shape")  # of the biases of BiTFiT-Add
+    warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
