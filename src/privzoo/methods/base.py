@@ -46,8 +46,8 @@ class PrivateMethod(LightningModule):
         warmup: part of a phase's releases over which lr rises from 0.
         head_lr_factor: the new head learns at so many times `lr`.
         adapter: partial that gives the model parameters of its own (peft), or None; see `privzoo.models.adapters`.
-        phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None: none does. Each
-            is a training of its own: schedule and optimizer state begin anew.
+        phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None: none does. In
+            each, schedule and optimizer state begin anew.
         average: makes an average of the weights what is scored and saved; None: the last weights.
     """
 
