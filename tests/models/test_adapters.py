@@ -5,12 +5,15 @@ from functools import partial
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 
 from privzoo.errors import UserError
 from privzoo.models.adapters import add_biases, load_adapter, merge, query_and_value, wrap
 from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import load
+from privzoo.privacy.clipping import BookKeeping, Loop
+from privzoo.privacy.clipping.layouts import UnsupportedUse
 
 LORA = partial(peft.LoraConfig, r=2, lora_alpha=4)
 BIAS = partial(peft.LoraConfig, r=1, lora_alpha=1, lora_bias=True)
@@ -147,3 +150,41 @@ def test_a_model_with_all_its_biases_gets_none():
 def test_checkpointing_is_refused_where_there_is_none():
     with pytest.raises(UserError, match="Linear has no gradient checkpointing"):
         turn_on_checkpointing(torch.nn.Linear(2, 2))
+
+
+# ---- other tuners of peft
+
+EXACT = {
+    "LoRA": LORA, "DoRA": partial(peft.LoraConfig, r=2, use_dora=True), "IA3": partial(peft.IA3Config, feedforward_modules=[]),
+    "LoKr": partial(peft.LoKrConfig, r=2), "VeRA": partial(peft.VeraConfig, r=2), "LNTuning": peft.LNTuningConfig,
+    "VBLoRA": partial(peft.VBLoRAConfig, num_vectors=8, vector_length=16),
+}  # fmt: skip
+REFUSED = {
+    "LoHa": partial(peft.LoHaConfig, r=2), "OFT": partial(peft.OFTConfig, r=0, oft_block_size=4),
+    "FourierFT": partial(peft.FourierFTConfig, n_frequency=10), "HRA": partial(peft.HRAConfig, r=2),
+}  # fmt: skip
+
+
+def tuned(tuner):
+    loaded = encoder()
+    model, _ = wrap(loaded.model, loaded.new_head, tuner)
+    torch.manual_seed(1)
+    for parameter in trained(model).values():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    labels = torch.tensor([0, 1])
+    return model, lambda: F.cross_entropy(model(input_ids=IDS).logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_tuners_that_the_engine_treats_exactly(name):
+    model, losses = tuned(EXACT[name])
+    expected, found = Loop(model)(losses, 0.1), BookKeeping(model)(losses, 0.1)
+    torch.testing.assert_close(found.norms, expected.norms.to(found.norms.dtype), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tuners_that_are_refused_by_name(name):
+    model, losses = tuned(REFUSED[name])
+    with pytest.raises(UnsupportedUse, match=r"base_model\.model\.bert\.encoder\.layer\."):
+        BookKeeping(model)(losses, 0.1)
