@@ -155,7 +155,8 @@ def test_checkpointing_is_refused_where_there_is_none():
 # ---- other tuners of peft
 
 EXACT = {
-    "LoRA": LORA, "DoRA": partial(peft.LoraConfig, r=2, use_dora=True), "IA3": partial(peft.IA3Config, feedforward_modules=[]),
+    "LoRA": LORA, "DoRA": partial(peft.LoraConfig, r=2, use_dora=True),
+    "IA3": partial(peft.IA3Config, feedforward_modules=[]),
     "LoKr": partial(peft.LoKrConfig, r=2), "VeRA": partial(peft.VeraConfig, r=2), "LNTuning": peft.LNTuningConfig,
     "VBLoRA": partial(peft.VBLoRAConfig, num_vectors=8, vector_length=16),
 }  # fmt: skip
