@@ -1,6 +1,7 @@
 """What each pattern trains."""
 
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 
@@ -89,6 +90,13 @@ def bert(**options):
 def test_a_head_that_the_checkpoint_brought_along():
     """Without a new head "head" is what lies outside the pretrained body."""
     assert set(select_trainable(bert(), "head", ())) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_quantised_base_is_not_trained_itself():
+    model = bert()
+    model.bert.pooler.dense.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"whole numbers of torch\.uint8: .*take method=dp_qlora"):
+        select_trainable(model, "all", ())
 
 
 def test_a_head_tied_to_the_body_is_refused():

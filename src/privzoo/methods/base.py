@@ -262,6 +262,7 @@ class PrivateMethod(LightningModule):
         checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError unless the checkpoint holds exactly what this method trains, in the same groups."""
         expected = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
         if checkpoint["state_dict"].keys() != expected:
             raise UserError(

@@ -18,8 +18,8 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
             regular expression that is searched for in parameter names, with the new head always added.
         new_head: names of freshly initialised parameters, which must learn whatever the method.
     Raises:
-        UserError: if the choice is empty (for all but "head": empty but for the head), or the pattern is no regular
-            expression.
+        UserError: if the choice is empty (for all but "head": empty but for the head) or holds quantised weights, or the
+            pattern is no regular expression.
     """
     names = [name for name, _ in model.named_parameters()]
     if pattern == "adapter":
@@ -34,6 +34,11 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
         way_out = _WAY_OUT.get(pattern, "parameter names are like " + ", ".join(names[:2]))
         raise UserError(f"trainable={pattern} chooses nothing of the pretrained {type(model).__name__}: {way_out}.")
     for name, parameter in model.named_parameters():
+        if name in chosen and not parameter.is_floating_point():
+            raise UserError(
+                f"trainable={pattern} chooses {name}, which holds whole numbers of {parameter.dtype}: a quantised base is "
+                "not trained itself; take method=dp_qlora, or model.quantization=null."
+            )
         parameter.requires_grad_(name in chosen or name in new_head)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
