@@ -114,7 +114,10 @@ class Zygote:
 @pytest.fixture(scope="session")
 def privzoo(tmp_path_factory: pytest.TempPathFactory):
     """`code, output = privzoo("task=toy_text", …)`: a real command in a process of its own, network off."""
-    zygote = Zygote(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # of this test run, for all its workers
+    cache.mkdir(exist_ok=True)
+    zygote = Zygote(cache)
     yield zygote
     zygote.process.stdin.close()
     zygote.process.wait()

@@ -237,7 +237,7 @@ ACCOUNT_MUTANTS = [
     Mutant("calibrated to waste noise", "39", "privacy/accounting.py", "* (1 + 1e-4)", "* 1.02",
            (ACCOUNTING + "calibrated_noise_is_the_smallest",)),
     Mutant("calibrated to too little noise", "39", "privacy/accounting.py",
-           "* (1 + 1e-4)\n    while excess(math.log(noise), CONFIRMATION_GRID) > 0:", "* 0.99\n    while False:",
+           "* (1 + 1e-4)\n    while excess(math.log(noise)) > 0:", "* 0.99\n    while False:",
            (ACCOUNTING + "calibrated_noise_is_the_smallest",)),
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ["epochs=0.15", "batch_size=200", "microbatch_size=100", "trainer.accelerator=cpu", "trainer.validate_every=3"]
+QUICK = ["epochs=0.1", "batch_size=100", "microbatch_size=50", "trainer.accelerator=cpu", "trainer.validate_every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_steps_are_releases_are_ledger_lines(finished):
     run, _ = finished
     record, card = read(run, "result.json"), read(run, "privacy.json")
     lines = (run / "ledger.jsonl").read_text().splitlines()
-    assert record["steps"] == record["steps_planned"] == len(lines) == card["releases_charged"] == 6
-    assert record["steps"] == math.ceil(0.15 * record["num_examples"] / 200)
+    assert record["steps"] == record["steps_planned"] == len(lines) == card["releases_charged"] == 8
+    assert record["steps"] == math.ceil(0.1 * record["num_examples"] / 100)
     assert record["state"] == "finished"
 
 
@@ -81,7 +81,7 @@ def test_epsilon_rises_along_the_curve_and_never_understates(finished):
     run, _ = finished
     record = read(run, "result.json")
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    assert [int(row["step"]) for row in rows] == list(range(1, 7))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
     release = Release(record["sample_rate"], record["noise_multiplier"])
     for row in rows:
         assert float(row["epsilon"]) >= epsilon_spent([(release, int(row["step"]))], record["delta"]) - 1e-9

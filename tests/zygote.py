@@ -3,9 +3,11 @@ without eight seconds of imports each.
 
     python tests/zygote.py      reads one JSON request a line, answers one JSON line
 
-A request: {"module": "privzoo.train", "argv": […], "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}
-or null, "draws": file or null}. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn
-ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
+A request: {"module": "privzoo.train", "argv": […]}, and where wanted
+"kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}, "draws": a file, "started": a file for the process id,
+"folder": where the command starts and looks for modules. `kill.at` is "<call> <file name>" with call one of fsync, replace,
+rename, unlink; "torn ledger.jsonl" leaves half a line behind. The answer: {"code": exit code, negative for a signal;
+"output": text}.
 """
 
 import gc
@@ -108,6 +110,9 @@ def child(request: dict, output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [request["module"], *request["argv"]]
+    if request.get("folder"):
+        os.chdir(request["folder"])
+        sys.path.insert(0, request["folder"])
     if request.get("draws"):
         record_draws(request["draws"])
     if request.get("kill"):
@@ -135,7 +140,9 @@ IMPORTED = (
 
 
 def main() -> None:
-    remember_epsilons(Path(tempfile.mkdtemp(dir=os.environ["PRIVZOO_CACHE"])))  # before others import them by name
+    epsilons = Path(os.environ["PRIVZOO_CACHE"], "epsilons")
+    epsilons.mkdir(exist_ok=True)
+    remember_epsilons(epsilons)  # before others import them by name
     for name in IMPORTED:
         importlib.import_module(name)
     remember_toy_rows()

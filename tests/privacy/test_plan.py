@@ -65,7 +65,7 @@ def test_reference_noise_of_the_table() -> None:
 
 def test_epsilon_follows_from_sigma() -> None:
     plan = cheap()
-    assert plan.epsilon == epsilon_spent([(Release(0.25, 8.0), 8)], 1e-3, 1e-4)
+    assert plan.epsilon == epsilon_spent([(Release(0.25, 8.0), 8)], 1e-3)
     assert plan.private
 
 
@@ -161,7 +161,7 @@ def test_phases_are_composed_in_one_account() -> None:
         (0, 5, 0.25, 8.0, 1.0), (0, 5, 0.25, 8.0, 1.0), (1, 10, 0.5, 9.0, 0.5), (1, 10, 0.5, 9.0, 0.5)]  # fmt: skip
     parts = [(Release(0.25, 8.0), 8), (Release(0.5, 9.0), 2)]
     assert list(plan.releases()) == parts
-    assert plan.epsilon == epsilon_spent(parts, 1e-3, 1e-4)
+    assert plan.epsilon == epsilon_spent(parts, 1e-3)
     assert max(epsilon_spent([part], 1e-3, 1e-4) for part in parts) < plan.epsilon
     assert list(plan.releases(9)) == [parts[0], (Release(0.5, 9.0), 1)]
 

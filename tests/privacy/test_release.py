@@ -134,7 +134,7 @@ def test_steps_draws_and_account_agree_at_exit(tiny_run, epochs: float, steps: i
             gaussian = dp_accounting.GaussianDpEvent(entry.noise_multiplier)
             accountant.compose(dp_accounting.PoissonSampledDpEvent(entry.sample_rate, gaussian))
     recorded = accountant.get_epsilon(1e-3)
-    assert recorded == pytest.approx(run.guard.epsilon_spent(), rel=1e-6)
+    assert recorded <= run.guard.epsilon_spent() <= recorded + 5e-4  # its grid is the finer one
     assert 0.99 * run.plan.epsilon <= recorded <= run.plan.epsilon * (1 + 1e-6)
 
 

@@ -27,8 +27,7 @@ from scipy import optimize
 from privzoo.errors import UserError
 
 SEARCH_GRID = 1e-2
-CALIBRATION_GRID = 1e-3  # within 5e-4 of the finer one, and ten times faster; both are upper bounds
-CONFIRMATION_GRID = 1e-4
+GRID = 1e-3  # an upper bound like every grid, within 5e-4 of 1e-4, which takes seconds an evaluation
 SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4
 
 
@@ -54,7 +53,7 @@ def _loss_distribution(release: Release, grid: float) -> PrivacyLossDistribution
     )
 
 
-def epsilon_spent(releases: Releases, delta: float, grid: float = CALIBRATION_GRID) -> float:
+def epsilon_spent(releases: Releases, delta: float, grid: float = GRID) -> float:
     """An upper bound on the epsilon of these releases at `delta`, by privacy loss distributions.
 
     Args:
@@ -97,7 +96,7 @@ def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: f
         UserError: if no noise multiplier between 0.05 and 10,000 reaches epsilon.
     """
 
-    def excess(log_noise: float, grid: float = CALIBRATION_GRID) -> float:
+    def excess(log_noise: float, grid: float = GRID) -> float:
         spent = epsilon_spent(releases_at(math.exp(log_noise)), delta, grid)
         return math.log(max(spent, 1e-12)) - math.log(epsilon)
 
@@ -106,7 +105,7 @@ def calibrate(releases_at: Callable[[float], Releases], epsilon: float, delta: f
     if isinstance(remembered, float) and _holds(excess, remembered):
         return remembered
     noise = math.exp(_root(excess, epsilon)) * (1 + 1e-4)
-    while excess(math.log(noise), CONFIRMATION_GRID) > 0:
+    while excess(math.log(noise)) > 0:
         noise *= 1 + 2e-4
     _write_cache(key, noise)
     return noise
@@ -159,7 +158,7 @@ def cache_file() -> Path:
 
 def _cache_key(releases: Releases, epsilon: float, delta: float) -> str:
     public = [[asdict(release), count] for release, count in releases]
-    text = json.dumps([public, epsilon, delta, CALIBRATION_GRID, version("dp-accounting")])
+    text = json.dumps([public, epsilon, delta, GRID, version("dp-accounting")])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

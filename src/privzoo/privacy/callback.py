@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from privzoo.errors import RunLost, UserError
-from privzoo.privacy.accounting import CONFIRMATION_GRID, Releases, epsilon_spent
+from privzoo.privacy.accounting import Releases, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.noise import GaussianMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
@@ -99,9 +99,9 @@ class PrivacyCallback(Callback):
 
     # ---- parts
 
-    def epsilon_spent(self, grid: float = 1e-4) -> float:
+    def epsilon_spent(self) -> float:
         """Epsilon of everything in the ledger, at the plan's delta (PLD)."""
-        return epsilon_spent(self.ledger.releases(), self.plan.delta, grid)
+        return epsilon_spent(self.ledger.releases(), self.plan.delta)
 
     def _more(self, release: int) -> bool:
         return release + 1 < self.plan.steps
@@ -145,7 +145,7 @@ def affordable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> in
     def within(count: int) -> bool:
         counts = Counter(dict(ledger.releases()))
         counts.update(wanted[:count])
-        return epsilon_spent(list(counts.items()), plan.delta, CONFIRMATION_GRID) <= target
+        return epsilon_spent(list(counts.items()), plan.delta) <= target
 
     if within(len(wanted)):
         return len(wanted)

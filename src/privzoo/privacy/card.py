@@ -4,7 +4,7 @@ import math
 from importlib.metadata import version
 from typing import Any
 
-from privzoo.privacy.accounting import CONFIRMATION_GRID, cross_check, epsilon_spent
+from privzoo.privacy.accounting import GRID, cross_check, epsilon_spent
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.plan import PrivacyPlan
 
@@ -27,7 +27,7 @@ def privacy_card(plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_l
     """
     private = plan.private and not is_test_key
     releases = ledger.releases()
-    spent = epsilon_spent(releases, plan.delta, CONFIRMATION_GRID) if plan.private else None
+    spent = epsilon_spent(releases, plan.delta) if plan.private else None
     return {
         "statement": _statement(plan, spent, is_test_key),
         "private": private,
@@ -35,7 +35,7 @@ def privacy_card(plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_l
         "plan": plan.as_record(),
         "epsilon_spent": spent if private else None,
         "delta": plan.delta,
-        "accountant": f"PLD of dp-accounting {version('dp-accounting')}, discretisation {CONFIRMATION_GRID:g}",
+        "accountant": f"PLD of dp-accounting {version('dp-accounting')}, discretisation {GRID:g}",
         "cross_check": cross_check(releases, plan.delta) if private else None,
         "releases_charged": len(ledger.entries),
         "releases_made": len({entry.release for entry in ledger.entries}),

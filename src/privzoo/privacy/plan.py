@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 from privzoo.errors import UserError
-from privzoo.privacy.accounting import CONFIRMATION_GRID, Release, Releases, calibrate, epsilon_spent
+from privzoo.privacy.accounting import Release, Releases, calibrate, epsilon_spent
 
 NEIGHBOURS = "add_or_remove_one"
 ACCOUNTANT = "pld"
@@ -90,7 +90,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         self._check()
         if self.epsilon is None:
-            object.__setattr__(self, "epsilon", epsilon_spent(self.releases(), self.delta, CONFIRMATION_GRID))
+            object.__setattr__(self, "epsilon", epsilon_spent(self.releases(), self.delta))
         elif math.isinf(self.epsilon):
             object.__setattr__(self, "noise_multiplier", 0.0)
             object.__setattr__(self, "clip_norm", math.inf)
