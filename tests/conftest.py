@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,23 @@ class Zygote:
 
 
 @pytest.fixture(scope="session")
-def privzoo(tmp_path_factory: pytest.TempPathFactory):
-    """`code, output = privzoo("task=toy_text", …)`: a real command in a process of its own, network off."""
+def zygote(tmp_path_factory: pytest.TempPathFactory):
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # of this test run, for all its workers
     cache.mkdir(exist_ok=True)
-    zygote = Zygote(cache)
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait()
+    started = Zygote(cache)
+    yield started
+    started.process.stdin.close()
+    started.process.wait()
+
+
+@pytest.fixture(scope="session")
+def privzoo(zygote: Zygote):
+    """`code, output = privzoo("task=toy_text", …)`: a real command in a process of its own, network off."""
+    return zygote
+
+
+@pytest.fixture(scope="session")
+def privzoo_on_few_rows(zygote: Zygote):
+    """The same commands on the first rows of the toy data, which are read and scored in no time."""
+    return partial(zygote, rows={"train": 1000, "validation": 100})

@@ -141,18 +141,18 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_loses_nothing_that_was_written(privzoo, small_disk):
+def test_a_full_disk_loses_nothing_that_was_written(privzoo_on_few_rows, small_disk):
     """The checkpoint of dp_full does not fit: exit code 1, no half file; with room, the run goes on to its end."""
     disk, make_room = small_disk
-    argv = ["method=dp_full", "epochs=0.2", "trainer.checkpoint_every=2", "trainer.accelerator=cpu"]
-    code, output = privzoo(*argv, f"output_dir={disk}/runs")
+    argv = ["method=dp_full", "batch_size=100", "epochs=0.4", "trainer.checkpoint_every=2", "trainer.accelerator=cpu"]
+    code, output = privzoo_on_few_rows(*argv, f"output_dir={disk}/runs")
     assert code == 1, output
     assert "Traceback" not in output
     assert "resume=" in output
     (run,) = (disk / "runs").iterdir()
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
     make_room()
-    code, output = privzoo(f"resume={run}")
+    code, output = privzoo_on_few_rows(f"resume={run}")
     assert code == 0, output
     releases = [json.loads(line)["release"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert releases == list(range(len(releases)))

@@ -12,10 +12,15 @@ import pytest
 
 # 8 releases with checkpoints after 3, 6 and 8.
 SMALL = [
-    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.1",
+    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.8",
     "trainer.checkpoint_every=3", "trainer.validate_every=4", "trainer.progress=false", "trainer.accelerator=cpu",
 ]  # fmt: skip
 SEEDED = [*SMALL, "privacy.noise_seed=7"]
+
+
+@pytest.fixture(scope="module")
+def privzoo(privzoo_on_few_rows):
+    return privzoo_on_few_rows
 
 
 def only_run(folder: Path) -> Path:
@@ -97,7 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_end(privzoo, straight, tmp_path, at, c
 # Two phases of 4 releases each, with a checkpoint in the first, at the boundary, and in the second.
 TWO_PHASES = [
     *(item for item in SEEDED if not item.startswith(("method", "trainer.checkpoint", "trainer.validate"))),
-    "method=dp_bitfit_two_phase", "method.phases=[{epochs: 0.05, trainable: all, lr: 1e-3},{trainable: biases}]",
+    "method=dp_bitfit_two_phase", "method.phases=[{epochs: 0.4, trainable: all, lr: 1e-3},{trainable: biases}]",
     "trainer.checkpoint_every=2",
 ]  # fmt: skip
 

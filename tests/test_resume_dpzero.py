@@ -8,10 +8,15 @@ import pytest
 
 # 8 releases with checkpoints after 3, 6 and 8.
 RUN = [
-    "task=toy_text", "method=dpzero", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.1", "lr=1e-5",
+    "task=toy_text", "method=dpzero", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.8", "lr=1e-5",
     "clip_norm=1000", "trainer.checkpoint_every=3", "trainer.progress=false", "trainer.accelerator=cpu",
     "privacy.noise_seed=7",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def privzoo(privzoo_on_few_rows):
+    return privzoo_on_few_rows
 
 
 def only_run(folder: Path) -> Path:

@@ -8,13 +8,18 @@ from safetensors.torch import load_file
 
 # 8 releases with checkpoints after 3, 6 and 8.
 COMMAND = [
-    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.1",
+    "task=toy_text", "method=dp_bitfit", "eps=8", "batch_size=100", "microbatch_size=50", "epochs=0.8",
     "trainer.checkpoint_every=3", "trainer.progress=false", "trainer.accelerator=cpu", "privacy.noise_seed=7",
     "method.adaptive={_target_:privzoo.privacy.clipping.AdaptiveClip,quantile:0.3}",
     "method.average={_target_:privzoo.methods.average.ExponentialAverage,decay:0.5}",
     "method.optimizer._target_=privzoo.methods.dp_adam.DPAdamBC", "~method.optimizer.fused",
     "method.engine.clipping._target_=privzoo.privacy.clipping.AutoS", "+method.engine.clipping.stability=0.1",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def privzoo(privzoo_on_few_rows):
+    return privzoo_on_few_rows
 
 
 def only_run(folder: Path) -> Path:
