@@ -19,8 +19,13 @@ LIMITS = (
 )
 
 
-def privacy_card(plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_logged: bool) -> dict[str, Any]:
+def privacy_card(
+    plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_logged: bool, selection: str | None = None
+) -> dict[str, Any]:
     """Content of privacy.json, from the plan and from what the ledger recorded.
+
+    Args:
+        selection: a further limit, where the training rows are a part of a source.
 
     Guarantees: `epsilon_spent` is the PLD figure of the recorded releases; `private` is false without noise or with a
     published noise seed. It holds no private quantity: no loss, norm, clip rate or realised batch size.
@@ -42,7 +47,7 @@ def privacy_card(plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_l
         "configurations": len({entry.digest for entry in ledger.entries}),
         "run_key": "published test seed" if is_test_key else "256 bits from the operating system, deleted at the end",
         "private_figures_sent_to_loggers": private_logged,
-        "limits": list(LIMITS),
+        "limits": [*LIMITS, *([selection] if selection else [])],
     }
 
 

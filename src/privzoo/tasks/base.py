@@ -23,6 +23,7 @@ class Task(ABC):
         metrics: the names that `evaluate` returns, the headline first.
         higher_is_better: of the headline metric.
         num_examples: N, the number of rows of the train split; known after `load`.
+        selection: one sentence for the privacy card where the train split is a part of its source; else None.
         train, validation: the encoded rows (`len`, `[i]` gives a dict); known after `prepare`.
     """
 
@@ -32,6 +33,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
     higher_is_better: bool
     num_examples: int
+    selection: str | None = None
     train: Sequence[dict]
     validation: Sequence[dict]
 

@@ -11,6 +11,7 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
 from privzoo.tasks.columns import Column, content_digest
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.few_shot import FewShot
 
 ROWS_PER_TOKENIZER_CALL = 2_000
 
@@ -41,7 +42,7 @@ class Classification(Task):
     def __init__(
         self,
         name: str,
-        data: HubData | ToyData,
+        data: HubData | ToyData | FewShot,
         text: Sequence[str],
         label: str,
         num_labels: int,
@@ -60,6 +61,7 @@ class Classification(Task):
         self.name, self.num_labels, self.max_length = name, num_labels, max_length
         self.label_names = list(label_names) if label_names is not None else None
         self._data, self._text, self._label = data, text, label
+        self.selection = data.selection if isinstance(data, FewShot) else None
 
     def load(self, data_root: str | None) -> None:
         columns = [Column(name, "text") for name in self._text] + [Column(self._label, "label", self.num_labels)]

@@ -1,0 +1,99 @@
+"""Few-shot splits: the rows that a public seed names, k of every class, and a card that says for whom the promise is."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from privzoo.composition import compose
+from privzoo.errors import UserError
+from privzoo.tasks.columns import Column
+from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.few_shot import FewShot
+
+COLUMNS = [Column("text", "text"), Column("label", "label", 2)]
+TOY = ToyData("text")
+
+
+def rows_of(per_class: int, seed: int, split: str = "train") -> list[tuple]:
+    table = FewShot(TOY, per_class, seed).load(split, COLUMNS, None)
+    return list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def test_k_rows_of_each_class_in_the_order_of_the_source() -> None:
+    whole = TOY.load("train", COLUMNS, None)
+    places = {text: place for place, text in reversed(list(enumerate(whole["text"].to_pylist())))}
+    found = rows_of(40, 42)
+    assert Counter(label for _, label in found) == {0: 40, 1: 40}
+    assert len({places[text] for text, _ in found}) == 80
+    firsts = [places[text] for text, _ in found]
+    assert firsts == sorted(firsts)
+    labels = whole["label"].to_pylist()
+    assert all(labels[places[text]] == label for text, label in found)
+
+
+def test_the_seed_alone_decides() -> None:
+    assert rows_of(40, 42) == rows_of(40, 42)
+    common = set(rows_of(40, 42)) & set(rows_of(40, 13))
+    assert len(common) < 10
+
+
+def test_the_validation_split_is_whole() -> None:
+    assert len(rows_of(1, 42, "validation")) == TOY.load("validation", COLUMNS, None).num_rows
+
+
+def test_too_few_rows_of_a_class(tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    lines = [json.dumps({"text": f"text {i}", "label": int(i == 0)}) for i in range(9)]
+    (tmp_path / "mine" / "train.jsonl").write_text("\n".join(lines))
+    few = FewShot(HubData("mine", None, "mine", {"train": "train"}), 2, 0)
+    with pytest.raises(UserError, match=r"class 1 has 1 training rows, expected at least task\.data\.per_class=2: lower it"):
+        few.load("train", COLUMNS, str(tmp_path))
+
+
+@pytest.mark.parametrize("columns", [COLUMNS[:1], [*COLUMNS, Column("other", "label", 2)]])
+def test_one_label_is_needed(columns, monkeypatch) -> None:
+    monkeypatch.setattr(ToyData, "load", lambda self, split, columns, data_root: None)
+    with pytest.raises(UserError, match="one label column"):
+        FewShot(TOY, 1, 0).load("train", columns, None)
+
+
+def test_none_of_a_class_is_refused() -> None:
+    with pytest.raises(UserError, match=r"per_class=0"):
+        FewShot(TOY, 0, 0)
+
+
+def test_dpzeros_recipe_makes_two_thousand_releases() -> None:
+    cfg = compose(["task=sst2_few_shot", "method=dpzero", "eps=8"])
+    assert cfg.epochs * 2 * cfg.task.data.per_class / cfg.batch_size == 2000
+    assert (cfg.task.data.seed, cfg.method.trainable, cfg.clip_norm) == (42, "biases", 10.0)
+
+
+def test_the_card_says_for_whom_the_promise_is(privzoo, tmp_path) -> None:
+    """PRIVACY 38: N is that of the selected rows, and so is what the statement and the limits say."""
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "few.yaml").write_text(
+        "_target_: privzoo.tasks.classification.Classification\n_convert_: all\nname: few\n"
+        "data: {_target_: privzoo.tasks.few_shot.FewShot, source: {_target_: privzoo.tasks.data.ToyData, kind: text}, "
+        "per_class: 50, seed: 7}\ntext: [text]\nlabel: label\nnum_labels: 2\nmax_length: 32\n"
+        "default_model: tiny_encoder\nnum_examples: null\n"
+    )
+    code, output = privzoo(
+        "--config-dir", str(tmp_path), "task=few", "method=dp_head", "eps=8", "batch_size=50", "epochs=1", "lr=1e-3",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path}/runs",
+    )  # fmt: skip
+    assert code == 0, output
+    (run,) = (tmp_path / "runs").iterdir()
+    card = json.loads((run / "privacy.json").read_text())
+    assert card["plan"]["num_examples"] == 100
+    assert "of the 100 in training" in card["statement"]
+    assert card["limits"][-1].startswith("The training examples are 50 rows of each class, selected by the public seed 7: ")
+
+
+@pytest.mark.shared
+def test_real_sst2(shared) -> None:
+    few = compose(["task=sst2_few_shot"]).task.data
+    from hydra.utils import instantiate
+
+    table = instantiate(few).load("train", [Column("sentence", "text"), COLUMNS[1]], str(shared / "data"))
+    assert Counter(table["label"].to_pylist()) == {0: 512, 1: 512}
