@@ -24,7 +24,7 @@ from models import MODELS, Case, Row, trainable_of
 
 from privzoo.methods.directions import Direction, SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
@@ -65,7 +65,7 @@ def method_of(case: Case, names: list[str], kind: str, private: bool = True) -> 
     chosen = {"noise_multiplier": 1.0} if private else {"epsilon": float("inf")}
     epochs = STEPS * case.rows / 10_000
     plan = PrivacyPlan(num_examples=10_000, batch_size=case.rows, epochs=epochs, delta=1e-5, clip_norm=1.0, **chosen)
-    mechanism = GaussianMechanism(plan, RunKey.for_tests(0), "bench")
+    mechanism = NoiseMechanism(plan, RunKey.for_tests(0), "bench")
     pattern = "^(" + "|".join(name.replace(".", "[.]") for name in names) + ")$"
     return Bare(case.model, Rows(case), mechanism, pattern, (), SeededSGD, 1e-6, smoothing=SMOOTHING, direction_kind=kind)
 

@@ -7,7 +7,7 @@ import torch
 from models import Case, trainable_of
 
 from privzoo.privacy.clipping import BookKeeping
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.streams import RunKey
 
@@ -20,7 +20,7 @@ def seconds_of_noise(case: Case) -> str:
     trainable_of(case, "full")
     plan = PrivacyPlan(num_examples=10_000, batch_size=64, epochs=1, delta=1e-5, epsilon=None, clip_norm=1.0,
                        noise_multiplier=1.0)  # fmt: skip
-    mechanism = GaussianMechanism(plan, RunKey.fresh(), "bench")
+    mechanism = NoiseMechanism(plan, RunKey.fresh(), "bench")
     engine, sums = BookKeeping(case.model), {}
     engine(case.losses, 1.0, into=sums)
     queries, noises = [], []

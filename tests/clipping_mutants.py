@@ -83,7 +83,7 @@ ADAPTIVE_MUTANTS = [
     ("a sum in two parts", "6", NOISE_PY,
      "if Counter(name for part in parts for name in part.names) != Counter(sums):", "if False:",
      (ADAPTIVE + "parts_that_the_plan_does_not_pay_for[parts8-in exactly one part]",)),
-    ("one noise for all parts", "6", NOISE_PY, "self._add_noise(total, stds[name],", "self._add_noise(total, noise_std,",
+    ("one noise for all parts", "6", NOISE_PY, "self._add_noise(total, scales[name],", "self._add_noise(total, scale,",
      (ADAPTIVE + "each_part_gets_its_own_noise", ADAPTIVE_RUN + "releases_by_hand")),
     ("gradients clipped to the plan's C, noise for C_t", "5", FIRST_ORDER_PY,
      "clip_norm = setting.clip_norm if self.adaptive is None else self.adaptive.clip_norm(setting)\n        sums",

@@ -36,15 +36,15 @@ NOISE, RELEASE = "tests/privacy/test_noise.py::test_", "tests/privacy/test_relea
 CURVES = "tests/test_curves.py::test_"
 CALLBACK, AFFORDABLE = "tests/privacy/test_callback.py::test_", "tests/privacy/test_affordable.py::test_"
 
-ADD = "part.add_(torch.from_numpy(drawn).to(part.device), alpha=noise_std)"
-NOISE_STD = "noise_std = setting.noise_multiplier * setting.clip_norm"
+ADD = "part.add_(torch.from_numpy(drawn).to(part.device), alpha=scale)"
+NOISE_STD = "scale = setting.noise_multiplier * setting.clip_norm"
 NOISE_STREAM = 'self.key.stream("noise", release, self.digest + weights, name, block)'
 SIZE_OF_NOISE = (NOISE + "noise_has_standard_deviation_sigma_times_clip_norm", RELEASE + "noise_of_the_update")
 
 NOISE_MUTANTS = [
     Mutant("drop the noise", "6", "privacy/noise.py", ADD, "assert drawn.size", SIZE_OF_NOISE),
     Mutant("halve sigma", "6", "privacy/noise.py", NOISE_STD, f"{NOISE_STD} / 2", SIZE_OF_NOISE),
-    Mutant("noise without the clip norm", "6", "privacy/noise.py", NOISE_STD, "noise_std = setting.noise_multiplier",
+    Mutant("noise without the clip norm", "6", "privacy/noise.py", NOISE_STD, "scale = setting.noise_multiplier",
            SIZE_OF_NOISE),
     Mutant("noise for the mean added to the sum", "6", "privacy/noise.py", NOISE_STD, f"{NOISE_STD} / setting.batch_size",
            SIZE_OF_NOISE),
@@ -66,7 +66,7 @@ NOISE_MUTANTS = [
     Mutant("all tensors share their noise", "36", "privacy/noise.py", NOISE_STREAM, NOISE_STREAM.replace("name", '""'),
            (NOISE + "noise_is_fresh_wherever_the_sum_may_differ[name]",)),
     Mutant("noise from torch's generator", "36", "privacy/noise.py", ADD,
-           "part.add_(torch.randn(part.numel()).to(part.device), alpha=noise_std)",
+           "part.add_(torch.randn(part.numel()).to(part.device), alpha=scale)",
            (NOISE + "noise_is_not_that_of_a_published_seed",)),
     Mutant("noise of a large sum in one piece", "27", "privacy/noise.py", "BLOCK = 1 << 18", "BLOCK = 1 << 30",
            (NOISE + "a_large_sum_is_not_copied",)),

@@ -8,7 +8,7 @@ QUERY, UPDATE = ZEROTH + "a_query_by_hand", ZEROTH + "an_update_by_hand"
 ONE_MORE, PAIRS = ZEROTH + "one_example_moves_the_sum_by_at_most_c", ZEROTH + "a_thousand_random_pairs"
 WHOLE = ZEROTH + "a_release_is_clipped_sum_plus_noise_over_b_along_the_directions"
 RUN, NEIGHBOURS = ZEROTH + "directions_of_a_run", ZEROTH + "released_numbers_of_neighbours"
-FACTORS = "clip_factors(torch.linalg.vector_norm(slopes, dim=1), clip_norm)[:, None]"
+FACTORS = "clip_factors(torch.linalg.vector_norm(slopes, ord=order, dim=1), clip_norm)[:, None]"
 NAME = 'f"{self.number} {self._names[id(parameter)]}"'
 STREAM = 'self.key.stream("direction", self.release, self.digest, name, block)'
 BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n"
@@ -18,10 +18,10 @@ QUERY_MUTANTS = [
     ("clip the sum of slopes", "5", ZEROTH_PY, FACTORS,
      "clip_factors(torch.linalg.vector_norm(slopes.sum(0)).expand(len(slopes)), clip_norm)[:, None]", (QUERY,)),
     ("slopes not clipped", "5", ZEROTH_PY, FACTORS,
-     "clip_factors(torch.linalg.vector_norm(slopes, dim=1), math.inf)[:, None]", (ONE_MORE, PAIRS, NEIGHBOURS)),
+     "clip_factors(torch.linalg.vector_norm(slopes, ord=order, dim=1), math.inf)[:, None]", (ONE_MORE, PAIRS, NEIGHBOURS)),
     ("each of K slopes clipped alone", "5", ZEROTH_PY, FACTORS, "clip_factors(slopes.abs(), clip_norm)",
      (f"{ONE_MORE}[3]", f"{PAIRS}[3]")),
-    ("slopes normalised", "5", ZEROTH_PY, FACTORS, "(clip_norm / torch.linalg.vector_norm(slopes, dim=1))[:, None]",
+    ("slopes normalised", "5", ZEROTH_PY, FACTORS, "(clip_norm / slopes.norm(dim=1))[:, None]",
      (QUERY,)),
     ("NaN unmasked in slopes", "9", ZEROTH_PY, "torch.where(factors > 0, slopes * factors, torch.zeros_like(slopes))",
      "(slopes * factors)", (ZEROTH + "a_poisoned_example_contributes_nothing",)),
@@ -35,8 +35,8 @@ QUERY_MUTANTS = [
      "zip(self._directions(setting.number + 1)", (WHOLE, ZEROTH + "without_privacy_it_is_mezo")),
     ("an empty draw has one number", "19", ZEROTH_PY, "torch.zeros(self.directions, dtype", "torch.zeros(1, dtype",
      (ZEROTH + "an_empty_draw_releases_noise",)),
-    ("half the noise on slopes", "6", "privacy/noise.py", "noise_std = setting.noise_multiplier",
-     "noise_std = 0.5 * setting.noise_multiplier", (NEIGHBOURS, ZEROTH + "k_numbers_are_one_gaussian_event")),
+    ("half the noise on slopes", "6", "privacy/noise.py", "scale = setting.noise_multiplier",
+     "scale = 0.5 * setting.noise_multiplier", (NEIGHBOURS, ZEROTH + "k_numbers_are_one_gaussian_event")),
     ("noise on a copy of the slopes", "6", "methods/base.py", "self.mechanism.release(sums, batch",
      "self.mechanism.release({name: value.clone() for name, value in sums.items()}, batch", (NEIGHBOURS, WHOLE)),
     ("a stop in mid-release", "35", ZEROTH_PY, LOSSES_OF_BATCH,
@@ -120,4 +120,47 @@ LOSSES_MUTANTS = [
      (LOSSES + "losses_are_one_a_row",)),
 ]  # fmt: skip
 
-ZEROTH_ORDER_MUTANTS = [*QUERY_MUTANTS, *DIRECTION_MUTANTS, *LOSSES_MUTANTS]
+LAPLACE = "tests/methods/test_laplace.py::test_"
+ACCOUNTING_PY, NOISE_PY = "privacy/accounting.py", "privacy/noise.py"
+LAPLACE_MUTANTS = [
+    ("Laplace noise after clipping by L2", "5", ZEROTH_PY, "return 1 if self.mechanism.plan.noise == LAPLACE else 2",
+     "return 2",
+     (LAPLACE + "one_example_moves_the_sum_by_at_most_c_in_l1[3]",)),
+    ("Laplace accounted as Gaussian", "39", ACCOUNTING_PY, "if release.noise == LAPLACE:\n        return",
+     "if False:\n        return",
+     (LAPLACE + "one_release_costs_what_the_integral_says",)),
+    ("sampling left out of Laplace's account", "39", ACCOUNTING_PY,
+     "value_discretization_interval=grid, sampling_prob=release.sample_rate\n", "value_discretization_interval=grid\n",
+     (LAPLACE + "one_release_costs_what_the_integral_says",)),
+    ("pure epsilon without sampling's other side", "39", ACCOUNTING_PY, "math.log1p(release.sample_rate * math.expm1(",
+     "release.sample_rate * math.log1p(math.expm1(", (LAPLACE + "pure_epsilon_is_the_largest_privacy_loss",)),
+    ("Gaussian noise in a Laplace plan", "6", NOISE_PY, "if self.plan.noise == GAUSSIAN:", "if True:",
+     (LAPLACE + "noise_is_laplace_of_scale_sigma_c", LAPLACE + "released_numbers_of_neighbours")),
+    ("parts with Laplace noise", "6", NOISE_PY, "if parts is not None and setting.noise != GAUSSIAN:", "if False:",
+     (LAPLACE + "parts_are_for_gaussian_noise",)),
+    ("a plan calibrated for the other noise", "39", "privacy/plan.py", "phase.noise_multiplier, self.noise), taken",
+     "phase.noise_multiplier), taken", (LAPLACE + "a_plan_is_calibrated_for_its_noise",)),
+    ("the ledger forgets the kind of noise", "39", "privacy/ledger.py", "e.noise_multiplier, e.noise)",
+     "e.noise_multiplier)",
+     (LAPLACE + "the_ledger_keeps_the_kinds_apart",)),
+    ("releases charged as Gaussian", "39", "privacy/callback.py", "weights, setting.noise)", "weights)",
+     (LAPLACE + "releases_are_charged_as_laplace",)),
+    ("gradients under Laplace noise", "6", "methods/base.py", "if mechanism.plan.noise not in self.noises:", "if False:",
+     (LAPLACE + "methods_that_bound_gradients_refuse",)),
+]  # fmt: skip
+
+FEW_SHOT = "tests/tasks/test_few_shot.py::test_"
+FEW_SHOT_PY = "tasks/few_shot.py"
+FEW_SHOT_MUTANTS = [
+    ("the validation split cut too", "38", FEW_SHOT_PY, 'if split != "train":', "if False:",
+     (FEW_SHOT + "the_validation_split_is_whole",)),
+    ("the first rows of each class", "36", FEW_SHOT_PY,
+     "np.random.default_rng([self.seed, number]).choice(rows, self.per_class, replace=False)", "rows[: self.per_class]",
+     (FEW_SHOT + "the_seed_alone_decides",)),
+    ("rows chosen twice", "15", FEW_SHOT_PY, "replace=False", "replace=True",
+     (FEW_SHOT + "k_rows_of_each_class_in_the_order_of_the_source",)),
+    ("the card does not say for whom", "38", "privacy/card.py", "*([selection] if selection else [])", "",
+     (FEW_SHOT + "a_selection_is_a_limit_of_the_card",)),
+]  # fmt: skip
+
+ZEROTH_ORDER_MUTANTS = [*LAPLACE_MUTANTS, *FEW_SHOT_MUTANTS, *QUERY_MUTANTS, *DIRECTION_MUTANTS, *LOSSES_MUTANTS]

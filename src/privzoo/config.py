@@ -21,7 +21,7 @@ VALUES = ("eps", "delta", "epochs", "batch_size", "microbatch_size", "lr", "clip
 PATHS = ("data_root", "output_dir", "resume")
 TOP_LEVEL = (*GROUPS, *VALUES, *PATHS, "choices")
 NESTED = {
-    "privacy": ("noise_multiplier", "accountant", "noise_seed"),
+    "privacy": ("noise_multiplier", "noise", "accountant", "noise_seed"),
     "trainer": (
         "accelerator",
         "precision",
@@ -202,12 +202,14 @@ def plan_arguments(cfg: DictConfig, num_examples: int) -> dict[str, Any]:
         "delta": default_delta(num_examples) if cfg.delta is None else float(cfg.delta),
         "epsilon": None if cfg.eps is None else float(cfg.eps),
         "then": tuple(later),
+        "noise": cfg.privacy.noise,
         **asdict(first),
     }
 
 
 def _check_privacy(cfg: DictConfig) -> None:
     _check_one_of(cfg, "privacy.accountant", ("pld",))
+    _check_one_of(cfg, "privacy.noise", ("gaussian", "laplace"))
     if cfg.privacy.noise_seed is not None:
         _check_whole(cfg, "privacy.noise_seed", 0)
 

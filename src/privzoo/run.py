@@ -28,7 +28,7 @@ from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.preflight import refuse_coupling_modules
 from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
@@ -74,7 +74,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         checkpoint = load_checkpoint(folder.checkpoint, key) if folder.checkpoint.exists() else None
         start = checkpoint["global_step"] if checkpoint else 0
         digest = digest_of_run(cfg, key, task, loaded, ledger, device, checkpoint)
-        mechanism = GaussianMechanism(plan, key, digest)
+        mechanism = NoiseMechanism(plan, key, digest)
         method: PrivateMethod = build(cfg.method)(
             model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
         )

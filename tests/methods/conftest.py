@@ -13,7 +13,7 @@ from privzoo.methods.directions import SeededSGD
 from privzoo.methods.first_order import FirstOrder
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.privacy.clipping import BookKeeping
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
@@ -111,7 +111,7 @@ def make_run():
         key, task = RunKey.for_tests(seed), task or Texts()
         options |= {"engine": engine} if kind is FirstOrder else {}
         method = kind(
-            model or encoder(), task, GaussianMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
+            model or encoder(), task, NoiseMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
         )
         draws = PoissonDraws(plan, key, "digest")
         batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)

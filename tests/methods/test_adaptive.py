@@ -10,7 +10,7 @@ from privzoo.identity import _weights_of
 from privzoo.methods.base import seal_of
 from privzoo.privacy.clipping import AdaptiveClip
 from privzoo.privacy.clipping.adaptive import COUNT
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.plan import Phase, PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
@@ -67,7 +67,7 @@ def test_releases_by_hand(make_run, plans):
             count += 0.5 if lengths[-1] <= clip_norm else -0.5
             for name, value in own.items():
                 sums[name] += value * min(1.0, clip_norm / lengths[-1])
-        mechanism, at = GaussianMechanism(plan, RunKey.for_tests(0), "digest"), fingerprint_of(trained, adaptive.scale)
+        mechanism, at = NoiseMechanism(plan, RunKey.for_tests(0), "digest"), fingerprint_of(trained, adaptive.scale)
         for name, total in sums.items():
             mechanism._add_noise(total, math.sqrt(4 / 3) * clip_norm, release, at, name)
         mechanism._add_noise(count, 1.0, release, at, COUNT)

@@ -14,7 +14,7 @@ from privzoo.composition import build, compose
 from privzoo.config import plan_arguments
 from privzoo.models.adapters import ADAPTER_CONFIG
 from privzoo.models.quantization import keep_quantized_weights, quantization_options
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch, PoissonBatches, PoissonDraws
 from privzoo.privacy.streams import RunKey
@@ -112,9 +112,7 @@ def make(method: str, architecture: str, folder: str, private: bool = True, rows
     head = [n for n, _ in model.named_parameters() if n.startswith(("classifier.", "score."))]
     task = Images() if architecture == "vit" else Texts()
     key = RunKey.for_tests(seed)
-    made = build(cfg.method)(
-        model=model, task=task, mechanism=GaussianMechanism(plan, key, "digest"), new_head=head, lr=0.01
-    )
+    made = build(cfg.method)(model=model, task=task, mechanism=NoiseMechanism(plan, key, "digest"), new_head=head, lr=0.01)
     draws = PoissonDraws(plan, key, "digest")
     batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), 100)
     return Run(made.train(), draws, batches, Recorder())

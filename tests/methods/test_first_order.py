@@ -7,7 +7,7 @@ import torch
 
 from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
 
@@ -76,7 +76,7 @@ def test_a_release_is_clipped_sum_plus_noise_over_b(make_run, plans):
         own = dict(zip(before, torch.autograd.grad(loss, list(run.method.trainable.values())), strict=True))
         for name, value in own.items():
             sums[name] += value * min(1.0, 0.5 / length(own))
-    mechanism = GaussianMechanism(plan, RunKey.for_tests(0), "digest")
+    mechanism = NoiseMechanism(plan, RunKey.for_tests(0), "digest")
     mechanism.release(sums, 0, fingerprint(run.method.trainable.items()))
     run.fit()
     assert len(run.draws(0)) not in (0, 8)  # so that B and the realised size differ

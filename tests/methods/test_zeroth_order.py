@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 from privzoo.methods.zeroth_order import clipped_sum
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
@@ -121,7 +121,7 @@ def test_a_release_is_clipped_sum_plus_noise_over_b_along_the_directions(make_wa
     assert len(drawn) not in (0, 8)  # so that B and the realised size differ
     slopes = slopes_of(run, drawn, us)
     sums = {"directions": sum(row * min(1.0, C / float(row.norm())) for row in slopes)}
-    GaussianMechanism(plans(epochs=0.2), RunKey.for_tests(0), "digest").release(sums, 0, method.weights)
+    NoiseMechanism(plans(epochs=0.2), RunKey.for_tests(0), "digest").release(sums, 0, method.weights)
     run.fit()
     for name, value in run.recorder.weights[0].items():
         move = sum(s * u[name] for s, u in zip(sums["directions"] / 8, us, strict=True)) / 3

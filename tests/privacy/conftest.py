@@ -13,7 +13,7 @@ from privzoo.methods.first_order import FirstOrder
 from privzoo.privacy.callback import PrivacyCallback
 from privzoo.privacy.clipping import Loop
 from privzoo.privacy.ledger import Ledger
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
@@ -85,7 +85,7 @@ class TinyRun:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self.mechanism = GaussianMechanism(self.plan, self.key, self.digest)
+        self.mechanism = NoiseMechanism(self.plan, self.key, self.digest)
         self.draws = PoissonDraws(self.plan, self.key, self.digest)
         self.batches = PoissonBatches(self.rows, self.draws, self.collate, lambda row: 1, self.microbatch_size)
         self.loader: Any = private_loader(self.batches)

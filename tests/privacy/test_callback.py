@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 from privzoo.errors import UserError
 from privzoo.methods.first_order import FirstOrder
 from privzoo.privacy.callback import MOVED_BY, refuse_unsafe
-from privzoo.privacy.noise import GaussianMechanism
+from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch, PoissonDraws, ReleaseOrder, private_loader
 from privzoo.privacy.streams import RunKey
@@ -161,7 +161,7 @@ def test_every_loader_but_ours_is_refused(tiny_run, foreign: Callable[[Any], Any
 def test_noise_of_another_plan_is_refused(tiny_run, other: dict[str, Any]) -> None:
     """PRIVACY 1: mechanism, sampler and accountant hold one plan and one digest."""
     run = tiny_run(some_plan(), ROWS)
-    mechanism = GaussianMechanism(**{"plan": run.plan, "key": RunKey.for_tests(0), "digest": run.digest, **other})
+    mechanism = NoiseMechanism(**{"plan": run.plan, "key": RunKey.for_tests(0), "digest": run.digest, **other})
     run.method.mechanism = run.mechanism = mechanism
     refused(run, "found another noise")
 

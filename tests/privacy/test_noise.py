@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from privzoo.privacy.noise import BLOCK, GaussianMechanism, fingerprint
+from privzoo.privacy.noise import BLOCK, NoiseMechanism, fingerprint
 from privzoo.privacy.plan import Phase, PrivacyPlan
 from privzoo.privacy.sampling import PoissonDraws
 from privzoo.privacy.streams import RunKey
@@ -23,10 +23,8 @@ PLAN = PrivacyPlan(num_examples=20, batch_size=5, epochs=2, delta=1e-3, noise_mu
 STD = 8.0 * 0.25
 
 
-def mechanism(
-    plan: PrivacyPlan = PLAN, seed: int = 0, digest: str = DIGEST, threads: int | None = None
-) -> GaussianMechanism:
-    return GaussianMechanism(plan, RunKey.for_tests(seed), digest, threads)
+def mechanism(plan: PrivacyPlan = PLAN, seed: int = 0, digest: str = DIGEST, threads: int | None = None) -> NoiseMechanism:
+    return NoiseMechanism(plan, RunKey.for_tests(seed), digest, threads)
 
 
 def noise(size: int = 5000, *, name: str = "w", release: int = 0, weights: str = WEIGHTS, **options: Any) -> np.ndarray:

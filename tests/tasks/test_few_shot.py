@@ -7,6 +7,9 @@ import pytest
 
 from privzoo.composition import compose
 from privzoo.errors import UserError
+from privzoo.privacy.card import privacy_card
+from privzoo.privacy.ledger import Ledger
+from privzoo.privacy.plan import PrivacyPlan
 from privzoo.tasks.columns import Column
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
@@ -88,6 +91,13 @@ def test_the_card_says_for_whom_the_promise_is(privzoo, tmp_path) -> None:
     assert card["plan"]["num_examples"] == 100
     assert "of the 100 in training" in card["statement"]
     assert card["limits"][-1].startswith("The training examples are 50 rows of each class, selected by the public seed 7: ")
+
+
+def test_a_selection_is_a_limit_of_the_card(tmp_path) -> None:
+    plan = PrivacyPlan(num_examples=100, batch_size=50, epochs=1, delta=1e-3, noise_multiplier=1.0)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        limits = [privacy_card(plan, ledger, False, False, selection)["limits"] for selection in (None, "Some rows.")]
+    assert limits[1] == [*limits[0], "Some rows."]
 
 
 @pytest.mark.shared

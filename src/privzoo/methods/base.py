@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,7 @@ from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.optimizers import has_modes, make_optimizer
 from privzoo.methods.trainable import select_trainable
-from privzoo.privacy.noise import GaussianMechanism, Part, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 from privzoo.privacy.streams import RunKey
@@ -30,6 +30,8 @@ class Interrupted(Exception):
 
 class PrivateMethod(LightningModule):
     """One release a training step: query, noise, update.
+
+    A method that clips by another norm than L2 as well says for which noises in `noises`.
 
     Formal guarantee: private data are touched in `query` alone, whose result moves by at most the plan's clip_norm when one
     unit comes or goes; everything after `mechanism.release` is post-processing.
@@ -51,11 +53,13 @@ class PrivateMethod(LightningModule):
         average: makes an average of the weights what is scored and saved; None: the last weights.
     """
 
+    noises: ClassVar[tuple[str, ...]] = ("gaussian",)
+
     def __init__(
         self,
         model: nn.Module,
         task: Task,
-        mechanism: GaussianMechanism,
+        mechanism: NoiseMechanism,
         trainable: str,
         new_head: Iterable[str],
         optimizer: Callable[..., torch.optim.Optimizer],
@@ -76,6 +80,11 @@ class PrivateMethod(LightningModule):
             raise UserError(f"Expected 0 <= method.warmup={warmup} < 1.")
         if not isinstance(head_lr_factor, (int, float)) or not 0 < head_lr_factor < math.inf:
             raise UserError(f"Expected method.head_lr_factor={head_lr_factor} to be a number above 0.")
+        if mechanism.plan.noise not in self.noises:
+            raise UserError(
+                f"Expected privacy.noise={mechanism.plan.noise} to be {' or '.join(self.noises)} for this method: it bounds "
+                "contributions by their L2 norm; method=dpzero takes laplace."
+            )
         new_head = tuple(new_head)
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task

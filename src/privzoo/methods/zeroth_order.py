@@ -19,6 +19,7 @@ from torch import Tensor
 from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.methods.directions import KINDS, Direction, SeededSGD
+from privzoo.privacy.accounting import LAPLACE
 from privzoo.privacy.clipping.engine import checked_units, clip_factors
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.preflight import check_losses
@@ -31,8 +32,9 @@ class ZerothOrder(PrivateMethod):
     """Query: the sum of per-example slopes along K directions, each K-vector clipped. Update: a step along them.
 
     Formal guarantee: the directions are drawn from a stream of their own, before the data are looked at; one example's
-    K-vector has L2 norm at most clip_norm, so that a release is one Poisson-sampled Gaussian event, whatever K. The
-    weights are moved while the losses are taken, and back by the end of the query.
+    K-vector has L2 norm at most clip_norm, so that a release is one Poisson-sampled Gaussian event, whatever K; with
+    Laplace noise it has L1 norm at most clip_norm, and a release is one Poisson-sampled Laplace event. The weights are
+    moved while the losses are taken, and back by the end of the query.
 
     Args:
         smoothing: lambda > 0, how far the weights are moved along a direction; rounded to a multiple of 2^-23, so that
@@ -42,6 +44,8 @@ class ZerothOrder(PrivateMethod):
         direction_kind: "rademacher", "normal" or "sphere", see `Direction`.
         rest: as for `PrivateMethod`; `optimizer` is a partial of `SeededSGD`.
     """
+
+    noises = ("gaussian", "laplace")
 
     def __init__(
         self,
@@ -82,7 +86,7 @@ class ZerothOrder(PrivateMethod):
         both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, R)
         self.private_metrics["private/loss"] = float(both.mean())
         slopes = (both[:, 0] - both[:, 1]).t() / (2 * self.smoothing)
-        return {"directions": clipped_sum(slopes, self.mechanism.plan.at(batch.release).clip_norm)}
+        return {"directions": clipped_sum(slopes, self.mechanism.plan.at(batch.release).clip_norm, self._order)}
 
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
         """theta <- theta - lr / K * sum over k of (noisy sum k / B) u_k, with the expected batch size B.
@@ -118,6 +122,10 @@ class ZerothOrder(PrivateMethod):
 
         # A hundredth of C: the longest row of a micro-batch decides how the others are padded, and so how they round.
         check_losses(self.model, losses, self._rows, self.task.collate, 0.01 * clip_norm * self.smoothing)
+
+    @property
+    def _order(self) -> int:
+        return 1 if self.mechanism.plan.noise == LAPLACE else 2
 
     @property
     def exact(self) -> Mapping[str, Tensor]:
@@ -168,20 +176,21 @@ class ZerothOrder(PrivateMethod):
         return torch.cat(found).to("cpu", torch.float64)
 
 
-def clipped_sum(slopes: Tensor, clip_norm: float) -> Tensor:
-    """Sum over rows of the rows, each scaled to an L2 norm of at most clip_norm.
+def clipped_sum(slopes: Tensor, clip_norm: float, order: int = 2) -> Tensor:
+    """Sum over rows of the rows, each scaled to a norm of at most clip_norm.
 
-    Adding or removing a row moves the result by at most clip_norm, up to rounding of float64. A row that is not finite
-    contributes nothing.
+    Adding or removing a row moves the result by at most clip_norm in that norm, up to rounding of float64. A row that is
+    not finite contributes nothing.
 
     Args:
         slopes: of R examples along K directions, shape (R, K).
         clip_norm: C > 0; inf turns clipping off.
+        order: of the norm, 1 or 2.
     Returns:
         Shape (K,).
 
     >>> clipped_sum(torch.tensor([[3.0, 4.0], [0.0, 0.5], [float("nan"), 1.0]]), clip_norm=1.0)
     tensor([0.6000, 1.3000])
     """
-    factors = clip_factors(torch.linalg.vector_norm(slopes, dim=1), clip_norm)[:, None]
+    factors = clip_factors(torch.linalg.vector_norm(slopes, ord=order, dim=1), clip_norm)[:, None]
     return torch.where(factors > 0, slopes * factors, torch.zeros_like(slopes)).sum(0)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from privzoo.errors import RunLost, UserError
 from privzoo.privacy.accounting import Releases, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
-from privzoo.privacy.noise import GaussianMechanism, fingerprint
+from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.sampling import LogicalBatch, PoissonBatches, ReleaseOrder
 
@@ -22,7 +22,7 @@ MOVED_BY = 4  # releases after which every trainable tensor must have moved
 class PrivateModule(Protocol):
     """What the callback asks of a method."""
 
-    mechanism: GaussianMechanism
+    mechanism: NoiseMechanism
     weights: str  # fingerprint of the trainable parameters that the next release is taken at
     exact: Mapping[str, torch.Tensor]  # what is trained, in the precision in which updates add up
     active: dict[str, torch.nn.Parameter]  # those of them that the phase at hand trains
@@ -109,7 +109,7 @@ class PrivacyCallback(Callback):
     def _entry(self, release: int, weights: str) -> Entry:
         setting = self.plan.at(release)
         clip_norm = setting.clip_norm if math.isfinite(setting.clip_norm) else 0.0  # 0: no clipping, no noise
-        return Entry(release, setting.sample_rate, setting.noise_multiplier, clip_norm, self.digest, weights)
+        return Entry(release, setting.sample_rate, setting.noise_multiplier, clip_norm, self.digest, weights, setting.noise)
 
     def _check_moved(self, module: PrivateModule) -> None:
         now = _fingerprints(module)
@@ -170,7 +170,7 @@ def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool
     return paid or affordable(plan, ledger, digest, start) > 0
 
 
-def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:
+def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism) -> None:
     """Refuse every Trainer setting under which the plan's account would be false.
 
     Raises:
@@ -211,7 +211,7 @@ def refuse_callbacks(trainer: Any) -> None:
             raise UserError(f"{type(callback).__name__} decides by {monitored}, which is private: monitor a public split.")
 
 
-def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: GaussianMechanism) -> None:
+def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism) -> None:
     batches, order = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
     if not isinstance(batches, PoissonBatches) or not isinstance(order, ReleaseOrder) or loader.batch_size is not None:
         raise UserError(

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from privzoo.errors import UserError
-from privzoo.privacy.accounting import Release, Releases
+from privzoo.privacy.accounting import GAUSSIAN, Release, Releases
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Entry:
     clip_norm: float
     digest: str
     weights: str
+    noise: str = GAUSSIAN
 
 
 class Ledger:
@@ -104,7 +105,7 @@ class Ledger:
 
     def releases(self) -> Releases:
         """All releases paid for, grouped, for an accountant."""
-        counts = Counter(Release(e.sample_rate, e.noise_multiplier) for e in self.entries)
+        counts = Counter(Release(e.sample_rate, e.noise_multiplier, e.noise) for e in self.entries)
         return list(counts.items())
 
     def _append(self, line: dict[str, object]) -> None:

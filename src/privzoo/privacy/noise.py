@@ -1,4 +1,4 @@
-"""The Gaussian mechanism: noise for a clipped sum, drawn in float32, in place and block by block."""
+"""The Gaussian (and the Laplace) mechanism: noise for a clipped sum, in the sum's type, in place and block by block."""
 
 import math
 from collections import Counter
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from privzoo.privacy.accounting import GAUSSIAN
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.streams import RunKey
 
@@ -33,12 +34,13 @@ class Part:
     noise_std: float
 
 
-class GaussianMechanism:
+class NoiseMechanism:
     """Turns the clipped sum of a release into a noisy one.
 
     Formal guarantee: with the plan's Poisson sampling and contributions of joint L2 norm at most clip_norm (or, in parts, of
     at most each part's sensitivity), what `release` returns costs what the plan says for that release. Noise is independent
-    N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate, keyed by (run key,
+    N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate; in a plan of Laplace noise
+    the norms are L1 and the noise is Laplace(noise_multiplier * clip_norm). It is keyed by (run key,
     release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other
     weights or in another configuration gives fresh noise.
 
@@ -76,12 +78,14 @@ class GaussianMechanism:
         self.draws += 1
         if setting.noise_multiplier == 0:
             return
-        noise_std = setting.noise_multiplier * setting.clip_norm
-        stds = dict.fromkeys(sums, noise_std) if parts is None else _noise_stds(parts, list(sums), setting.noise_multiplier)
+        if parts is not None and setting.noise != GAUSSIAN:
+            raise ValueError(f"Expected no parts with {setting.noise} noise: their costs add up for Gaussian noise alone.")
+        scale = setting.noise_multiplier * setting.clip_norm
+        scales = dict.fromkeys(sums, scale) if parts is None else _noise_stds(parts, list(sums), setting.noise_multiplier)
         for name, total in sums.items():
-            self._add_noise(total, stds[name], release, weights, name)
+            self._add_noise(total, scales[name], release, weights, name)
 
-    def _add_noise(self, total: Tensor, noise_std: float, release: int, weights: str, name: str) -> None:
+    def _add_noise(self, total: Tensor, scale: float, release: int, weights: str, name: str) -> None:
         if not total.is_contiguous():
             raise ValueError(f"Expected a contiguous sum for {name}: its flat view must be the tensor itself.")
         flat = total.view(-1)
@@ -93,8 +97,11 @@ class GaussianMechanism:
             part = flat[block * BLOCK : (block + 1) * BLOCK]
             drawn = np.empty(part.numel(), dtype=dtype)
             stream = self.key.stream("noise", release, self.digest + weights, name, block)
-            stream.standard_normal(out=drawn, dtype=dtype)
-            part.add_(torch.from_numpy(drawn).to(part.device), alpha=noise_std)
+            if self.plan.noise == GAUSSIAN:
+                stream.standard_normal(out=drawn, dtype=dtype)
+            else:
+                drawn[:] = stream.laplace(size=len(drawn))
+            part.add_(torch.from_numpy(drawn).to(part.device), alpha=scale)
 
         if len(blocks) == 1:
             add(0)

@@ -3,7 +3,8 @@
 Formal guarantee. With add-or-remove-one neighbours, the unit stated in the plan and Poisson sampling, the composition of
 the plan's releases is (epsilon, delta)-DP, provided that each release is a sum of per-unit contributions of L2 norm at
 most `clip_norm` plus Gaussian noise of standard deviation `noise_multiplier * clip_norm` (Abadi et al. 2016; accounting by
-privacy loss distributions). The number of examples is declared public.
+privacy loss distributions); for Laplace noise, of L1 norm at most `clip_norm` plus noise of scale
+`noise_multiplier * clip_norm`. The number of examples is declared public.
 
 >>> plan = PrivacyPlan(num_examples=67_349, batch_size=1_000, epochs=3, delta=1e-5, epsilon=8.0)
 >>> plan.steps, round(plan.sample_rate, 6), round(plan.noise_multiplier, 3)
@@ -17,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from privzoo.errors import UserError
-from privzoo.privacy.accounting import Release, Releases, calibrate, epsilon_spent
+from privzoo.privacy.accounting import GAUSSIAN, NOISES, Release, Releases, calibrate, epsilon_spent
 
 NEIGHBOURS = "add_or_remove_one"
 ACCOUNTANT = "pld"
@@ -51,10 +52,11 @@ class ReleaseSetting:
     sample_rate: float
     noise_multiplier: float
     clip_norm: float
+    noise: str
 
     @property
     def release(self) -> Release:
-        return Release(self.sample_rate, self.noise_multiplier)
+        return Release(self.sample_rate, self.noise_multiplier, self.noise)
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class PrivacyPlan:
         epochs: expected passes over the data, may be a fraction; the plan has ceil(epochs * N / B) releases.
         delta: below 1 / N.
         epsilon: the target; afterwards an upper bound that the plan meets.
-        clip_norm: C, L2 bound on one unit's contribution.
-        noise_multiplier: sigma; the noise on a sum has standard deviation sigma * C.
+        clip_norm: C, L2 bound on one unit's contribution; L1 where the noise is Laplace.
+        noise_multiplier: sigma; the noise on a sum has standard deviation (Laplace: scale) sigma * C.
         then: further phases after the first, composed in the same account.
         unit: whose data one contribution holds.
+        noise: "gaussian" or "laplace", in all phases.
     Raises:
         UserError: for a value out of range, or both or neither of epsilon and noise_multiplier.
     """
@@ -84,6 +87,7 @@ class PrivacyPlan:
     noise_multiplier: float | None = None
     then: tuple[Phase, ...] = ()
     unit: str = "example"
+    noise: str = GAUSSIAN
     neighbours: str = field(default=NEIGHBOURS, init=False)
     accountant: str = field(default=ACCOUNTANT, init=False)
 
@@ -100,6 +104,8 @@ class PrivacyPlan:
             object.__setattr__(self, "noise_multiplier", noise)
 
     def _check(self) -> None:
+        if self.noise not in NOISES:
+            raise UserError(f"Expected noise={self.noise} to be one of {', '.join(NOISES)}.")
         if self.num_examples < 1:
             raise UserError(f"Expected num_examples={self.num_examples} >= 1: the training split is empty.")
         if not 0 < self.delta < 1 / self.num_examples:
@@ -172,7 +178,7 @@ class PrivacyPlan:
                 return ReleaseSetting(
                     number=release, phase=number, index=release - first, steps=steps, batch_size=phase.batch_size,
                     sample_rate=phase.batch_size / self.num_examples, noise_multiplier=phase.noise_multiplier,
-                    clip_norm=phase.clip_norm,
+                    clip_norm=phase.clip_norm, noise=self.noise,
                 )  # fmt: skip
             first += steps
         raise IndexError(f"Expected 0 <= release={release} < steps={self.steps}: the plan pays for no other.")
@@ -208,7 +214,7 @@ class PrivacyPlan:
             taken = min(left, self.steps_of(phase))
             assert phase.noise_multiplier is not None
             if taken:
-                found.append((Release(phase.batch_size / self.num_examples, phase.noise_multiplier), taken))
+                found.append((Release(phase.batch_size / self.num_examples, phase.noise_multiplier, self.noise), taken))
             left -= taken
         return found
 

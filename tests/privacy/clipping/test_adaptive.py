@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from privzoo.errors import UserError
 from privzoo.privacy.clipping import AdaptiveClip
 from privzoo.privacy.clipping.adaptive import COUNT, FARTHEST
-from privzoo.privacy.noise import GaussianMechanism, Part
+from privzoo.privacy.noise import NoiseMechanism, Part
 from privzoo.privacy.plan import PrivacyPlan, ReleaseSetting
 from privzoo.privacy.streams import RunKey
 
@@ -78,7 +78,7 @@ def test_options_out_of_range(options):
 
 def mechanism(sigma=1.0):
     plan = PrivacyPlan(num_examples=40, batch_size=8, epochs=1, delta=1e-3, noise_multiplier=sigma, clip_norm=0.5)
-    return GaussianMechanism(plan, RunKey.for_tests(0), "digest")
+    return NoiseMechanism(plan, RunKey.for_tests(0), "digest")
 
 
 def in_bounds(values, noise_std):
