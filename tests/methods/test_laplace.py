@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_laplace_mechanism
 
 from privzoo.errors import UserError
 from privzoo.methods.zeroth_order import clipped_sum
@@ -65,6 +67,18 @@ def test_pure_epsilon_is_the_largest_privacy_loss(scale: float, rate: float) -> 
     assert epsilon_spent(releases, 1e-9) <= pure_epsilon(releases) + 7e-3
     assert cross_check(releases, 1e-9) == {"pure": pure_epsilon(releases)}
     assert pure_epsilon([*releases, (Release(rate, scale), 1)]) == math.inf
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.5, 0.3, 0.2)])
+def test_several_coordinates_cost_no_more_than_one_that_moves_by_their_sum(shares) -> None:
+    """What lets K numbers of L1 norm C be one event: their losses, composed, are dominated."""
+    one = from_laplace_mechanism(0.5, value_discretization_interval=1e-4)
+    several = reduce(
+        PrivacyLossDistribution.compose,
+        [from_laplace_mechanism(0.5, share, value_discretization_interval=1e-4) for share in shares],
+    )
+    for epsilon in (0.0, 0.5, 1.0, 1.5, 1.9):
+        assert several.get_delta_for_epsilon(epsilon) < one.get_delta_for_epsilon(epsilon)
 
 
 def test_a_plan_is_calibrated_for_its_noise() -> None:
