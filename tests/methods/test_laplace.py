@@ -167,6 +167,7 @@ def test_released_numbers_of_neighbours(make_walk) -> None:
     u = math.copysign(1.0, released[1].mean() - released[0].mean())
     for count, mean in ((0, 0.0), (1, C * u)):
         assert scipy.stats.kstest(released[count], "laplace", args=(mean, SCALE * C)).pvalue > 0.01
+        assert released[count].std() == pytest.approx(math.sqrt(2) * SCALE * C, rel=0.2)
 
 
 # ---- who may

@@ -19,7 +19,7 @@ from privzoo.privacy.streams import RunKey
 
 
 def setting(batch_size=40, noise_multiplier=1.0, clip_norm=0.5):
-    return ReleaseSetting(0, 0, 0, 10, batch_size, 0.1, noise_multiplier, clip_norm)
+    return ReleaseSetting(0, 0, 0, 10, batch_size, 0.1, noise_multiplier, clip_norm, "gaussian")
 
 
 # ---- the two sums are one event
