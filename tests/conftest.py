@@ -1,6 +1,7 @@
 """What all tests share: no network, no settings of the user's, and the real conf/."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -90,37 +91,62 @@ def run_config(tmp_path: Path):
     return make
 
 
-class Zygote:
-    """Runs privzoo commands in forked children of one process that has imported everything (see tests/zygote.py)."""
+def connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
 
-    def __init__(self, cache: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRIVZOO_CACHE": str(cache)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "zygote.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=cache,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
+
+class Zygote:
+    """Runs privzoo commands in forked children of one process that has imported everything, which all workers of a test run
+    share (see tests/zygote.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.started: subprocess.Popen | None = None
+        with open(folder / "lock", "w") as lock:  # one worker starts it, the others wait until it is ready
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self.connection = connected(folder / "socket")
+            except OSError:  # not there yet, or ended with the worker that started it
+                self.started = self._start(folder)
+                self.connection = connected(folder / "socket")
+        self.stream = self.connection.makefile("rw")
+
+    @staticmethod
+    def _start(folder: Path) -> subprocess.Popen:
+        (folder / "socket").unlink(missing_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRIVZOO_CACHE": str(folder)}
+        command = [sys.executable, str(REPOSITORY / "tests" / "zygote.py")]
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
+        assert started.stdout is not None
+        assert started.stdout.readline() == "ready\n"
+        return started
+
+    def close(self) -> None:
+        self.stream.close()
+        self.connection.close()
+        if self.started is not None:
+            self.started.terminate()
+            self.started.wait()
 
     def __call__(self, *argv: str, module: str = "privzoo.train", **request: object) -> tuple[int, str]:
         """Exit code (negative for a signal) and output of `python -m <module> <argv>`; `request` as in zygote.py."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"module": module, "argv": argv, **request}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        self.stream.write(json.dumps({"module": module, "argv": argv, **request}) + "\n")
+        self.stream.flush()
+        answer = json.loads(self.stream.readline())
         return answer["code"], answer["output"]
 
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory):
     base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # of this test run, for all its workers
-    cache.mkdir(exist_ok=True)
-    started = Zygote(cache)
-    yield started
-    started.process.stdin.close()
-    started.process.wait()
+    folder = (
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    ) / "zygote"  # for all workers
+    folder.mkdir(exist_ok=True)
+    zygote = Zygote(folder)
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

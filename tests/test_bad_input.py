@@ -158,16 +158,18 @@ def test_a_full_disk_loses_nothing_that_was_written(privzoo_on_few_rows, small_d
     assert releases == list(range(len(releases)))
 
 
-def test_two_processes_in_one_run_folder(privzoo, tmp_path):
+def test_two_processes_in_one_run_folder(privzoo_on_few_rows, tmp_path):
     """The second one is told that the ledger is in use."""
     import fcntl
 
-    code, _ = privzoo(*QUICK, f"output_dir={tmp_path}", kill={"at": "fsync ledger.jsonl", "count": 1, "when": "after"})
+    code, _ = privzoo_on_few_rows(
+        *QUICK, f"output_dir={tmp_path}", kill={"at": "fsync ledger.jsonl", "count": 1, "when": "after"}
+    )
     assert code == -9
     (run,) = tmp_path.iterdir()
     with open(run / "ledger.jsonl", "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        code, output = privzoo(f"resume={run}")
+        code, output = privzoo_on_few_rows(f"resume={run}")
         assert (code, "in use" in output) == (2, True)
     assert os.path.exists(run / "run.key")
 
@@ -184,7 +186,7 @@ def test_fewer_rows_on_resume_are_refused(privzoo, tmp_path):
     assert (code, "num_examples=40" in output) == (2, True), output
 
 
-def test_another_tokenizer_on_resume_is_another_configuration(privzoo, tmp_path):
+def test_another_tokenizer_on_resume_is_another_configuration(privzoo_on_few_rows, tmp_path):
     """The rows are encoded otherwise: draws and noise must be fresh, and the lost release is paid again."""
     import shutil
 
@@ -195,8 +197,8 @@ def test_another_tokenizer_on_resume_is_another_configuration(privzoo, tmp_path)
     loaded.model.save_pretrained(model)
     loaded.processor.save_pretrained(model)
     kill = {"at": "fsync ledger.jsonl", "count": 2, "when": "after"}
-    argv = [*QUICK, f"model.path={model}", f"output_dir={tmp_path}/runs"]
-    assert privzoo(*argv, kill=kill)[0] == -9
+    argv = [*QUICK, "epochs=0.8", f"model.path={model}", f"output_dir={tmp_path}/runs"]
+    assert privzoo_on_few_rows(*argv, kill=kill)[0] == -9
     (run,) = (tmp_path / "runs").iterdir()
     table = json.loads((model / "tokenizer.json").read_text())
     words = [word for word in table["model"]["vocab"] if not word.startswith("[")]
@@ -205,7 +207,7 @@ def test_another_tokenizer_on_resume_is_another_configuration(privzoo, tmp_path)
         table["model"]["vocab"][words[0]],
     )
     (model / "tokenizer.json").write_text(json.dumps(table))
-    code, output = privzoo(f"resume={run}")
+    code, output = privzoo_on_few_rows(f"resume={run}")
     assert code == 0, output
     entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert len({entry["digest"] for entry in entries}) == 2

@@ -130,9 +130,9 @@ def test_the_table_at_the_end(finished):
 )
 @pytest.mark.parametrize("method", ["dp_full", "dp_bitfit"])
 @pytest.mark.parametrize("eps", ["8", "inf"])
-def test_every_task_with_every_method(privzoo, tmp_path, task, model, method, eps):
-    code, output = privzoo(
-        f"task={task}", f"method={method}", f"eps={eps}", "epochs=0.1", "batch_size=100", "microbatch_size=100",
+def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model, method, eps):
+    code, output = privzoo_on_few_rows(
+        f"task={task}", f"method={method}", f"eps={eps}", "epochs=0.8", "batch_size=100", "microbatch_size=100",
         "trainer.accelerator=cpu", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert code == 0, output
@@ -143,19 +143,21 @@ def test_every_task_with_every_method(privzoo, tmp_path, task, model, method, ep
     assert (record["epsilon_spent"] is None) is (eps == "inf")
 
 
-def test_a_sweep_is_two_runs(privzoo, tmp_path):
-    code, output = privzoo("-m", "eps=3,inf", "epochs=0.1", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
+def test_a_sweep_is_two_runs(privzoo_on_few_rows, tmp_path):
+    code, output = privzoo_on_few_rows("-m", "eps=3,inf", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
     assert code == 0, output
     runs = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert sorted(read(run, "result.json")["epsilon_target"] or 0 for run in runs) == [0, 3]
-    code, output = privzoo(str(tmp_path), module="privzoo.reporting.display")
+    code, output = privzoo_on_few_rows(str(tmp_path), module="privzoo.reporting.display")
     assert code == 0
     assert "dp_bitfit" in output
 
 
-def test_a_test_seed_marks_everything_not_private(privzoo, tmp_path):
+def test_a_test_seed_marks_everything_not_private(privzoo_on_few_rows, tmp_path):
     """PRIVACY 36."""
-    code, output = privzoo("privacy.noise_seed=1", "epochs=0.1", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
+    code, output = privzoo_on_few_rows(
+        "privacy.noise_seed=1", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}"
+    )
     assert code == 0
     (run,) = tmp_path.iterdir()
     record, card = read(run, "result.json"), read(run, "privacy.json")
@@ -166,13 +168,13 @@ def test_a_test_seed_marks_everything_not_private(privzoo, tmp_path):
     assert card["statement"].startswith("NOT PRIVATE")
 
 
-def test_two_private_runs_share_nothing_but_their_seed(privzoo, tmp_path):
+def test_two_private_runs_share_nothing_but_their_seed(privzoo_on_few_rows, tmp_path):
     """PRIVACY 36: the published seed fixes neither draws nor noise."""
     draws = []
     for name in ("a", "b"):
         file = tmp_path / f"{name}.draws"
-        code, output = privzoo(
-            "seed=0", "epochs=0.1", "trainer.accelerator=cpu", f"output_dir={tmp_path}/{name}", draws=str(file)
+        code, output = privzoo_on_few_rows(
+            "seed=0", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}/{name}", draws=str(file)
         )
         assert code == 0, output
         draws.append(file.read_text())

@@ -1,7 +1,9 @@
 """Runs privzoo commands in forked children of one process that has imported everything: real processes, real SIGKILL,
 without eight seconds of imports each.
 
-    python tests/zygote.py      reads one JSON request a line, answers one JSON line
+    python tests/zygote.py      listens at ./socket, prints "ready", and ends with the process that started it
+
+On each connection it reads one JSON request a line and answers one JSON line.
 
 A request: {"module": "privzoo.train", "argv": […]}, and where wanted
 "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}, "draws": a file, "started": a file for the process id,
@@ -18,10 +20,12 @@ import os
 import pickle
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from functools import cache, wraps
 from pathlib import Path
+from typing import TextIO
 
 
 def install_kill(at: str, count: int, when: str) -> None:
@@ -168,8 +172,27 @@ def main() -> None:
     remember_toy_rows()
     fill_caches_of_libraries()
     gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("socket")
+    listener.listen()
+    listener.settimeout(1.0)
+    starter = os.getppid()
     print("ready", flush=True)
-    for line in sys.stdin:
+    while os.getppid() == starter:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        if os.fork() == 0:  # outlives its parent: another worker may still have commands to run
+            listener.close()
+            connection.settimeout(None)
+            answer(connection.makefile("rw"))
+            os._exit(0)
+        connection.close()
+
+
+def answer(stream: TextIO) -> None:
+    for line in stream:
         request = json.loads(line)
         with tempfile.TemporaryFile() as output:
             pid = os.fork()
@@ -180,7 +203,8 @@ def main() -> None:
             _, status = os.waitpid(pid, 0)
             output.seek(0)
             text = output.read().decode(errors="replace")
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "output": text}), flush=True)
+        stream.write(json.dumps({"code": os.waitstatus_to_exitcode(status), "output": text}) + "\n")
+        stream.flush()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from privzoo.tasks.base import Task
-from privzoo.tasks.data import ToyData
+from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.few_shot import FewShot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "src" / "privzoo" / "models" / "tiny"
@@ -40,11 +41,11 @@ def test_yaml(path):
     assert (task.num_labels is None) == (task.kind == "causal_lm")
     assert task.metrics
     assert isinstance(task.higher_is_better, bool)
-    assert isinstance(node.num_examples, int)
+    assert isinstance(node.num_examples, int) or (node.num_examples is None and isinstance(task._data, FewShot))
     assert isinstance(node.default_model, str) or "default" in node.default_model
     assert str(REPOSITORY) not in path.read_text()
-    plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData)
-    assert all(isinstance(v, plain) or type(v).__name__ == "HubData" for v in vars(task).values()), "config inside"
+    plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData, HubData, FewShot)
+    assert all(isinstance(value, plain) for value in vars(task).values()), "config inside"
 
 
 @pytest.mark.parametrize("path", filter(is_toy, FILES), ids=lambda path: path.stem)
@@ -91,7 +92,9 @@ def as_double(batch):
 @pytest.mark.parametrize("path", [p for p in FILES if not is_toy(p)], ids=lambda path: path.stem)
 def test_num_examples_agrees_with_the_real_data(path, shared):
     task, node = read(path)
-    if not (shared / "data" / node.data.folder / f"{node.data.splits.train}.parquet").is_file():
-        pytest.skip(f"{shared / 'data' / node.data.folder} has no train split")
+    source = node.data.get("source", node.data)
+    if not (shared / "data" / source.folder / f"{source.splits.train}.parquet").is_file():
+        pytest.skip(f"{shared / 'data' / source.folder} has no train split")
     task.load(str(shared / "data"))
-    assert task.num_examples == node.num_examples
+    few_shot = "source" in node.data
+    assert task.num_examples == (node.data.per_class * node.num_labels if few_shot else node.num_examples)
