@@ -140,9 +140,7 @@ class Zygote:
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory):
     base = tmp_path_factory.getbasetemp()
-    folder = (
-        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    ) / "zygote"  # for all workers
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zygote"  # for all workers
     folder.mkdir(exist_ok=True)
     zygote = Zygote(folder)
     yield zygote
