@@ -3,11 +3,9 @@
 import json
 import math
 from functools import reduce
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import scipy.integrate
 import scipy.stats
 import torch
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_laplace_mechanism
@@ -32,15 +30,14 @@ def plan_of(**changes) -> PrivacyPlan:
 
 def sampled_delta(epsilon: float, scale: float, rate: float) -> float:
     """The worse of both hockey-stick divergences between Laplace at 0 and its mixture with Laplace at 1."""
-
-    def apart(x: float, sign: int) -> float:
-        without = scipy.stats.laplace.pdf(x, 0, scale)
-        with_it = (1 - rate) * without + rate * scipy.stats.laplace.pdf(x, 1, scale)
-        first, second = (with_it, without) if sign > 0 else (without, with_it)
-        return max(0.0, first - math.exp(epsilon) * second)
-
-    places = np.unique(np.concatenate([np.linspace(-20 * scale, 20 * scale, 400), [0, 1]]))
-    return max(sum(scipy.integrate.quad(apart, a, b, args=(sign,))[0] for a, b in pairwise(places)) for sign in (1, -1))
+    step = 1e-4  # midpoints: both kinks, 0 and 1, lie between two of them
+    x = np.arange(-30 * scale, 30 * scale + 1, step) + step / 2
+    without = np.exp(-np.abs(x) / scale) / (2 * scale)
+    with_it = (1 - rate) * without + rate * np.exp(-np.abs(x - 1) / scale) / (2 * scale)
+    return step * max(
+        np.maximum(0.0, first - math.exp(epsilon) * second).sum()
+        for first, second in ((with_it, without), (without, with_it))
+    )
 
 
 # ---- the account
@@ -53,7 +50,7 @@ def test_one_release_costs_what_the_integral_says(scale: float, rate: float) -> 
     top = pure_epsilon([(release, 1)])
     for part in (0.3, 0.7, 0.95):
         delta = sampled_delta(part * top, scale, rate)
-        assert part * top - 1e-6 <= epsilon_spent([(release, 1)], delta) <= part * top + 1.1e-3
+        assert part * top - 1e-5 <= epsilon_spent([(release, 1)], delta) <= part * top + 1.1e-3
 
 
 @pytest.mark.parametrize(("scale", "rate"), [(0.5, 1.0), (0.4, 0.1), (1.0, 0.3)])
@@ -158,11 +155,14 @@ def test_released_numbers_of_neighbours(make_walk) -> None:
     fixed, found = method._directions(0), []
     method._directions = lambda release: fixed
     method.update = lambda sums, setting: found.append(sums["directions"].item())
+    query = method.query
     for rows in ([], [row]):
         found.clear()
+        total = query(LogicalBatch(0, (method.task.collate(rows),) if rows else ()))["directions"]
+        method.query = lambda batch, total=total: {"directions": total.clone()}  # the same along fixed directions
         for i in range(600):
             method.weights = f"{len(rows)} {i}"  # fresh noise
-            method.training_step(LogicalBatch(0, (method.task.collate(rows),) if rows else ()), 0)
+            method.training_step(LogicalBatch(0, ()), 0)
         released[len(rows)] = np.array(found)
     u = math.copysign(1.0, released[1].mean() - released[0].mean())
     for count, mean in ((0, 0.0), (1, C * u)):
