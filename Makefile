@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/mypy src
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_remade_models.py tests/test_mutants.py
 
-# About an hour on a quiet machine; `bench/engine.py only=… variants=… rounds=…` does a part.
+# One to two hours on a quiet machine; `bench/engine.py only=… variants=… rounds=…` does a part.
 bench: setup
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/training_step.py

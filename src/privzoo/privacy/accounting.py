@@ -107,7 +107,7 @@ def pure_epsilon(releases: Releases) -> float:
     >>> round(pure_epsilon([(Release(0.5, 1.0, "laplace"), 2)]), 3)
     1.24
     """
-    return sum(count * _pure_epsilon_of(release) for release, count in releases)
+    return math.fsum(count * _pure_epsilon_of(release) for release, count in releases)
 
 
 def _pure_epsilon_of(release: Release) -> float:
