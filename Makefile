@@ -3,10 +3,14 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check tables bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.complete
+
+# To compile every module of every package takes longer than to unpack them: only what is imported is compiled, and kept
+# (containers often say PYTHONDONTWRITEBYTECODE, which would compile it at each start).
+unexport PYTHONDONTWRITEBYTECODE
 
 .venv/.complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -14,7 +18,8 @@ setup: .venv/.complete
 	  exit 1; }
 	@echo "Setting up .venv (some minutes and 2.5 GB the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import privzoo.run'
 	@touch $@
 
 # Finished runs are not done again: their id decides.
@@ -33,6 +38,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_remade_models.py tests/test_mutants.py
+
+# From the run records in paper_tables/, a folder a table.
+tables: setup
+	$(BIN)/python -m privzoo.tables
 
 # One to two hours on a quiet machine; `bench/engine.py only=… variants=… rounds=…` does a part.
 bench: setup

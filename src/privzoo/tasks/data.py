@@ -8,6 +8,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from privzoo.tasks.columns import Column, checked_table, require_columns
 from privzoo.tasks.files import find_split, read_split
 
 HUB_TIMEOUT_S = 8.0
+TOYS = {"text": "text_rows", "lm": "lm_rows", "images": "image_rows"}  # the kind, and who makes its rows
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,18 @@ class ToyData:
         Raises:
             UserError: the kind does not exist, or lacks a column.
         """
-        sources = {"text": toyworld.text_rows, "lm": toyworld.lm_rows, "images": toyworld.image_rows}
-        if self.kind not in sources:
-            raise UserError(f"data.kind={self.kind} does not exist: expected one of {', '.join(sources)}.")
-        rows = sources[self.kind](split)
+        if self.kind not in TOYS:
+            raise UserError(f"data.kind={self.kind} does not exist: expected one of {', '.join(TOYS)}.")
+        table = _toy_table(self.kind, split)
         where = f"the toy {self.kind} data ({split} split)"
-        require_columns(list(rows[0]), columns, where)
-        arrays = {column.name: _arrow([row[column.name] for row in rows]) for column in columns}
-        return checked_table(pa.table(arrays), columns, where)
+        require_columns(table.column_names, columns, where)
+        return checked_table(table, columns, where)
+
+
+@cache  # the runs of a sweep share a process, and making rows takes a second
+def _toy_table(kind: str, split: str) -> pa.Table:
+    rows = getattr(toyworld, TOYS[kind])(split)
+    return pa.table({name: _arrow([row[name] for row in rows]) for name in rows[0]})
 
 
 def _arrow(values: list) -> pa.Array:
