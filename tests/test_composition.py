@@ -119,6 +119,17 @@ def test_dp_qlora_takes_mistral_and_the_published_settings(run_config):
     assert (chosen.choices.model, chosen.lr, chosen.model.quantization) == ("minilm", 1e-3, "nf4")
 
 
+def test_dp_qlora_on_squad_takes_mistral_and_the_published_settings(run_config):
+    cfg = run_config("task=squad", "method=dp_qlora", "eps=8")
+    assert (cfg.choices.model, cfg.model.path) == ("mistral_7b", "mistralai/Mistral-7B-v0.1")
+    assert (cfg.model.quantization, cfg.model.dtype) == ("nf4", "bfloat16")
+    assert (cfg.method.adapter.tuner.r, cfg.method.adapter.tuner.lora_alpha, cfg.method.adapter.targets) == (4, 32, None)
+    assert (cfg.epochs, cfg.lr, cfg.clip_norm, cfg.delta, cfg.method.schedule) == (10, 3e-4, 1.0, 1e-5, "constant")
+    assert (cfg.method.optimizer.weight_decay, cfg.seed) == (0.01, 0)
+    assert run_config("task=squad", "method=dp_qlora", "eps=inf").epochs == 3
+    assert run_config("task=squad", "method=dp_lora").model.path == "openai-community/gpt2"
+
+
 def test_a_users_task_without_recipe_takes_the_methods_rate(tmp_path):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [sst2, _self_]\nname: mine\n")

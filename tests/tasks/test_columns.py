@@ -1,11 +1,13 @@
 """The digest of a table: blind to how it lies in memory, to nothing else."""
 
+import re
 import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from privzoo.errors import UserError
 from privzoo.tasks.columns import Column, checked_table, content_digest
 
 COLUMNS = [Column("text", "text"), Column("label", "label", 10)]
@@ -86,3 +88,51 @@ def test_seventy_thousand_rows_take_well_under_a_second():
     start = time.perf_counter()
     content_digest(checked, "s")
     assert time.perf_counter() - start < 1
+
+
+# ---- several texts a row
+
+ANSWERS = [Column("answers", "texts")]
+
+
+def texts(values, type=None):
+    return checked_table(pa.table({"answers": pa.array(values, type)}), ANSWERS, "t")
+
+
+def test_texts_as_lists_or_as_squad_stores_them():
+    plain = texts([["a"], ["b", "é"]])
+    squad = texts([{"text": ["a"], "answer_start": [3]}, {"text": ["b", "é"], "answer_start": [1, 2]}])
+    assert plain["answers"].to_pylist() == squad["answers"].to_pylist() == [["a"], ["b", "é"]]
+    assert content_digest(plain, "s") == content_digest(squad, "s")
+
+
+def test_the_digest_of_texts_is_blind_to_layout_alone():
+    base = content_digest(texts([["a", "b"], ["c"]]), "s")
+    chunks = pa.chunked_array([pa.array([["zz"], ["a", "b"]]).slice(1), pa.array([["c"]])])
+    assert content_digest(checked_table(pa.table({"answers": chunks}), ANSWERS, "t"), "s") == base
+    for other in ([["a"], ["b", "c"]], [["a", "b", "c"]], [["ab"], ["c"]], [["a", "b"], ["d"]], [["c"], ["a", "b"]]):
+        assert content_digest(texts(other), "s") != base
+
+
+@pytest.mark.parametrize(
+    ("values", "type", "said"),
+    [
+        ([["a"], []], None, "t, row 1: 'answers' holds no text"),
+        ([["a"], None], None, "t, row 1: 'answers' holds no text"),
+        ([["a", "b"], ["c", None]], None, "t, row 1: 'answers' is null"),
+        ([["a"], ["b"], [None]], None, "t, row 2: 'answers' is null"),
+        (["a"], None, "expected a list of texts a row"),
+        ([[1]], None, "holds int64 (row 0: 1), expected text"),
+        ([[b"a"], [b"b", b"\xff"]], pa.list_(pa.binary()), "expected text"),
+    ],
+)
+def test_bad_texts_are_one_sentence_with_their_row(values, type, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        texts(values, type)
+
+
+def test_texts_that_are_not_utf8_name_their_row():
+    flat = pa.StringArray.from_buffers(3, pa.py_buffer(np.array([0, 1, 2, 3], "<i4").tobytes()), pa.py_buffer(b"ab\xff"))
+    array = pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), flat)
+    with pytest.raises(UserError, match="row 1: 'answers' is not UTF-8"):
+        checked_table(pa.table({"answers": array}), ANSWERS, "t")

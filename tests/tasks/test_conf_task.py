@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from privzoo.tasks.base import Task
+from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
 
@@ -44,7 +45,7 @@ def test_yaml(path):
     assert isinstance(node.num_examples, int) or (node.num_examples is None and isinstance(task._data, FewShot))
     assert isinstance(node.default_model, str) or "default" in node.default_model
     assert str(REPOSITORY) not in path.read_text()
-    plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData, HubData, FewShot)
+    plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData, HubData, FewShot, Completions)
     assert all(isinstance(value, plain) for value in vars(task).values()), "config inside"
 
 

@@ -260,3 +260,25 @@ def test_dictionary_and_small_integer_columns_are_read_exactly(place, load):
     columns = {"text": pa.array(["b", "a", "b"]).dictionary_encode(), "label": pa.array([1, 0, 1], pa.int8())}
     pyarrow.parquet.write_table(pa.table(columns), place / "train.parquet")
     assert load().to_pylist() == [{"text": t, "label": n} for t, n in [("b", 1), ("a", 0), ("b", 1)]]
+
+
+# ---- several texts a row
+
+ANSWERS = [Column("answers", "texts")]
+
+
+def test_json_lines_and_parquet_give_the_same_texts(place, load):
+    rows = [{"answers": ["a", "2024-01-31"]}, {"answers": {"text": ["b"], "answer_start": [4]}}]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load(ANSWERS)["answers"].to_pylist() == [["a", "2024-01-31"], ["b"]]
+
+
+@pytest.mark.parametrize("value", ["a", 3, None, {"texts": ["a"]}, ["a", 3], ["a", None], {"text": "a"}])
+def test_json_lines_with_something_else_than_texts(place, load, value):
+    (place / "train.jsonl").write_text(json.dumps({"answers": ["x"]}) + "\n" + json.dumps({"answers": value}) + "\n")
+    fails(lambda: load(ANSWERS), "row 1", "'answers' is", "expected text")
+
+
+def test_csv_holds_no_lists(place, load):
+    (place / "train.csv").write_text("answers\na\n")
+    fails(lambda: load(ANSWERS), "CSV cannot hold lists of texts such as 'answers'")

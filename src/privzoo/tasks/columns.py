@@ -5,7 +5,7 @@ Rows are counted from 0 in all messages. A message quotes the value that is wron
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ class Column:
     """A column of a task's table: its name, what it holds, and for a label the number of classes."""
 
     name: str
-    kind: Literal["text", "label", "image"]
+    kind: Literal["text", "texts", "label", "image"]
     num_labels: int = 0
 
 
@@ -63,8 +63,9 @@ def shown(value: object) -> str:
 def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
     """The asked columns of `table`, each proved to hold what its kind says, in one layout per kind.
 
-    Text comes back as large_string, a label as int64 in 0..num_labels-1, an image as large_binary (the bytes of a
-    picture file) or as a fixed-shape uint8 tensor. Nothing is null and nothing is coerced.
+    Text comes back as large_string, texts (at least one a row; SQuAD's struct of texts and their places will do) as a
+    large_list of them, a label as int64 in 0..num_labels-1, an image as large_binary (the bytes of a picture file) or as
+    a fixed-shape uint8 tensor. Nothing is null and nothing is coerced.
 
     Args:
         table: has every one of `columns` (see `require_columns`).
@@ -74,7 +75,7 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     """
     if table.num_rows == 0:
         raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
-    check = {"text": _checked_text, "label": _checked_label, "image": _checked_image}
+    check = {"text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image}
     return pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
 
 
@@ -83,14 +84,16 @@ def first_true(mask: pa.ChunkedArray) -> int:
     return pc.index(mask, pa.scalar(True)).as_py()
 
 
-def _checked_text(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+def _checked_text(
+    array: pa.ChunkedArray, column: Column, where: str, row_of: Callable[[int], int] = lambda place: place
+) -> pa.ChunkedArray:
     if array.null_count:
-        raise bad_text(where, first_true(pc.is_null(array)), None, column)
+        raise bad_text(where, row_of(first_true(pc.is_null(array))), None, column)
     value_type = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
     if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
         row = max(first_true(pc.is_nan(array)), 0) if pa.types.is_floating(value_type) else 0
         raise UserError(
-            f"{where}: column {column.name!r} holds {array.type} (row {row}: {shown(array[row].as_py())}), "
+            f"{where}: column {column.name!r} holds {array.type} (row {row_of(row)}: {shown(array[row].as_py())}), "
             f"expected text: store the column as strings."
         )
     text = array.cast(pa.large_string())
@@ -99,9 +102,31 @@ def _checked_text(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chun
     except pa.ArrowInvalid as error:
         row = next(row for row, cell in enumerate(text.cast(pa.large_binary())) if not _is_utf8(cell.as_py()))
         raise UserError(
-            f"{where}, row {row}: {column.name!r} is not UTF-8, expected text: store the file as UTF-8."
+            f"{where}, row {row_of(row)}: {column.name!r} is not UTF-8, expected text: store the file as UTF-8."
         ) from error
     return text
+
+
+def _checked_texts(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if pa.types.is_struct(array.type) and array.type.get_field_index("text") >= 0:
+        array = pc.struct_field(array, "text")
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        raise UserError(
+            f"{where}: column {column.name!r} holds {array.type}, expected a list of texts a row, or a struct with one "
+            f"named text: store the column so."
+        )
+    sizes = pc.fill_null(pc.list_value_length(array), 0)
+    row = first_true(pc.equal(sizes, 0))
+    if row >= 0:
+        raise UserError(f"{where}, row {row}: {column.name!r} holds no text, expected at least one: leave the row out.")
+    offsets = np.concatenate([[0], np.cumsum(sizes.to_numpy())])
+    flat = pc.list_flatten(array)
+
+    def row_of(place: int) -> int:
+        return int(np.searchsorted(offsets, place, side="right")) - 1
+
+    texts = _checked_text(flat, column, where, row_of).combine_chunks()
+    return pa.chunked_array([pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), texts)])
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -156,6 +181,11 @@ def content_digest(table: pa.Table, settings: str) -> str:
     for name, array in zip(table.column_names, table.columns, strict=True):
         digest.update(f"\0{name}\0{array.type}\0{len(array)}\0".encode())
         chunks = [chunk for chunk in array.chunks if len(chunk)]
+        if pa.types.is_large_list(array.type):
+            for chunk in chunks:
+                digest.update(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            array = pc.list_flatten(array)
+            chunks = array.chunks
         if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
             for chunk in chunks:
                 digest.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())

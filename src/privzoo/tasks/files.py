@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,7 +92,7 @@ def _read_jsonl(path: Path, columns: Sequence[Column]) -> pa.Table:
                     raise UserError(f"{path}, row {row} has no {column.name!r}: add it or leave the row out.")
                 cells[column.name].append(_checked_cell(record[column.name], column, str(path), row))
             row += 1
-    types = {"text": pa.large_string(), "label": pa.int64()}
+    types = {"text": pa.large_string(), "texts": pa.large_list(pa.large_string()), "label": pa.int64()}
     return pa.table({column.name: pa.array(cells[column.name], types[column.kind]) for column in columns})
 
 
@@ -113,6 +114,11 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
     if column.kind == "label":
         if type(value) is not int or not 0 <= value < column.num_labels:
             raise bad_label(where, row, value, column)
+    elif column.kind == "texts":
+        texts = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(texts, list):
+            raise bad_text(where, row, value, column)
+        return [_checked_cell(text, replace(column, kind="text"), where, row) for text in texts]
     elif not isinstance(value, str) or (not value.isascii() and _has_lone_surrogate(value)):
         raise bad_text(where, row, value, column)
     return value
@@ -150,8 +156,9 @@ def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
                     raise _not_utf8(path, number) from error
         raise
     for index, column in enumerate(columns):
-        if column.kind == "image":
-            raise UserError(f"{path}: CSV cannot hold images such as {column.name!r}: store them as Parquet.")
+        if column.kind in ("image", "texts"):
+            what = "images" if column.kind == "image" else "lists of texts"
+            raise UserError(f"{path}: CSV cannot hold {what} such as {column.name!r}: store them as Parquet.")
         if column.kind == "label":
             table = table.set_column(index, column.name, _labels_of_csv(table[column.name], column, str(path)))
     return table

@@ -13,6 +13,7 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
 from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_length, check_tokenizer, padding_id
 from privzoo.tasks.columns import Column, content_digest
+from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
 
 NO_LOSS = -100  # the label of a token that carries no loss
@@ -31,26 +32,42 @@ class PromptCompletion(Task):
     Args:
         name: as in the run record.
         data: where the rows come from.
-        prompt, target: templates, each with at least one text column; a brace itself is written twice.
+        prompt, target: templates, each with at least one text column; a brace itself is written twice. Of a column of
+            several texts a row (the references of `completions`) the first is taken.
         max_length: tokens of a row, at least 2.
+        completions: how validation prompts are completed and scored; its first metric is the headline then. None: the
+            perplexity of the targets is.
     Raises:
         UserError: a template is not of this form.
     """
 
     kind = "causal_lm"
     num_labels = None
-    metrics = ("perplexity", "token_accuracy", "loss")
+    metrics: tuple[str, ...] = ("perplexity", "token_accuracy", "loss")
     higher_is_better = False
 
-    def __init__(self, name: str, data: HubData | ToyData, prompt: str, target: str, max_length: int):
+    def __init__(
+        self,
+        name: str,
+        data: HubData | ToyData,
+        prompt: str,
+        target: str,
+        max_length: int,
+        completions: Completions | None = None,
+    ):
         self.name, self.max_length = name, max_length
+        self._completions = completions
+        if completions is not None:
+            completions.check(max_length)
+            self.metrics, self.higher_is_better = (*completions.metrics, *self.metrics), True
         self._data = data
         self._templates = {"prompt": prompt, "target": target}
         self._parts = {role: parsed(template, role) for role, template in self._templates.items()}
 
     def load(self, data_root: str | None) -> None:
         names = [name for parts in self._parts.values() for _, name in parts if name is not None]
-        columns = [Column(name, "text") for name in dict.fromkeys(names)]
+        many = [self._completions.references] if self._completions is not None else []
+        columns = [Column(name, "texts" if name in many else "text") for name in dict.fromkeys(names + many)]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
         self.num_examples = self._tables["train"].num_rows
 
@@ -66,11 +83,13 @@ class PromptCompletion(Task):
                 f"tokenizer_config.json, or choose another model."
             )
         self._pad_id = padding_id(processor)
+        self._processor = processor
         self.train, self.validation = (self._encoded(processor, self._tables[s]) for s in ("train", "validation"))
 
     def _encoded(self, processor, table: pa.Table) -> EncodedRows:
         context: list[int] = []  # tokens before the target, of each row
-        return EncodedRows.from_batches(self._tokenised(processor, table, context), {"context": context})
+        scalars: dict[str, list[int] | np.ndarray] = {"context": context, "row": np.arange(table.num_rows)}
+        return EncodedRows.from_batches(self._tokenised(processor, table, context), scalars)
 
     def _tokenised(self, processor, table: pa.Table, context: list[int]) -> Iterator[Mapping[str, list[list[int]]]]:
         bos = [processor.bos_token_id]
@@ -92,13 +111,14 @@ class PromptCompletion(Task):
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels: (R, L), padded on the right. labels[r, t] is input_ids[r, t] on target
-        tokens, NO_LOSS elsewhere; the model's logits at t - 1 are held against it."""
+        tokens, NO_LOSS elsewhere; the model's logits at t - 1 are held against it. row: (R,), its number in its split."""
         ids = [row["input_ids"] for row in rows]
         labels = [np.where(np.arange(len(i)) < row["context"], NO_LOSS, i) for i, row in zip(ids, rows, strict=True)]
         return {
             "input_ids": pad_right(ids, self._pad_id),
             "attention_mask": padding_mask(ids),
             "labels": pad_right(labels, NO_LOSS),
+            "row": torch.tensor([row["row"] for row in rows]),
         }
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -107,8 +127,10 @@ class PromptCompletion(Task):
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """perplexity = exp(total loss / number of target tokens) and the share of target tokens that are the model's
-        first choice, both over all tokens of the split; loss, the mean over rows of what `losses` gives."""
+        first choice, both over all tokens of the split; loss, the mean over rows of what `losses` gives; before them the
+        scores of the completions, where they are asked for."""
         rows, tokens, right, token_loss, row_loss = 0, 0, 0, 0.0, 0.0
+        texts: dict[int, str] = {}
         with scoring(model):
             for batch in loader:
                 token_losses, is_target, is_right = _by_token(model, batch)
@@ -118,9 +140,16 @@ class PromptCompletion(Task):
                 right += int(is_right.sum())
                 token_loss += token_losses.sum().item()
                 row_loss += (token_losses.sum(dim=1) / targets.clamp(min=1)).sum().item()
+                if self._completions is not None:
+                    made = self._completions.made(model, self._processor, _prompts(batch), self.max_length)
+                    texts |= dict(zip(batch["row"].tolist(), made, strict=True))
         assert rows, "evaluate was given no micro-batch"
         mean = torch.tensor(token_loss / max(tokens, 1), dtype=torch.float64)
-        return {"perplexity": mean.exp().item(), "token_accuracy": right / max(tokens, 1), "loss": row_loss / rows}
+        scores = {"perplexity": mean.exp().item(), "token_accuracy": right / max(tokens, 1), "loss": row_loss / rows}
+        if self._completions is None:
+            return scores
+        references = self._tables["validation"][self._completions.references].take(list(texts)).to_pylist()
+        return self._completions.scores(list(texts.values()), references) | scores
 
 
 def parsed(template: str, role: str) -> list[tuple[str, str | None]]:
@@ -142,9 +171,13 @@ def filled(parts: list[tuple[str, str | None]], table: pa.Table) -> list[str]:
     """The template of every row. Not str.format, which would look into a column's name for dots and brackets."""
     cells = {name: table[name].to_pylist() for _, name in parts if name is not None}
     return [
-        "".join(literal + (cells[name][row] if name is not None else "") for literal, name in parts)
+        "".join(literal + (_first(cells[name][row]) if name is not None else "") for literal, name in parts)
         for row in range(table.num_rows)
     ]
+
+
+def _first(cell: str | list[str]) -> str:
+    return cell if isinstance(cell, str) else cell[0]
 
 
 def joined(start: list[int], prompt: list[int], target: list[int], max_length: int) -> tuple[list[int], int]:
@@ -168,10 +201,15 @@ def joined(start: list[int], prompt: list[int], target: list[int], max_length: i
 def _by_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """For each place that predicts the next one, (R, L - 1): its loss (0 off the targets), whether that next one is a
     target, and whether the model's first choice is right (False off the targets)."""
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    logits = at_least_float32(model(**inputs).logits[:, :-1])
+    logits = at_least_float32(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1])
     labels = batch["labels"][:, 1:]
     token_losses = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=NO_LOSS
     ).view(labels.shape)
     return token_losses, labels != NO_LOSS, logits.argmax(dim=-1) == labels
+
+
+def _prompts(batch: dict[str, Tensor]) -> list[list[int]]:
+    """The tokens of each row before its target."""
+    is_prompt = (batch["labels"] == NO_LOSS) & batch["attention_mask"].bool()
+    return [ids[kept].tolist() for ids, kept in zip(batch["input_ids"], is_prompt, strict=True)]

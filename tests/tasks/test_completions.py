@@ -1,0 +1,124 @@
+"""Greedy completions and SQuAD's scores: by hand, and whatever the batch."""
+
+import pytest
+import torch
+
+from privzoo.errors import UserError
+from privzoo.tasks.completions import Completions
+from privzoo.tasks.language_modelling import PromptCompletion
+
+ROWS = {
+    "c": ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"],
+    "answers": [["w12"], ["w13 w14", "w15"], ["w16 w17"], ["w18", "w19", "w20 w21"]],
+}
+
+
+@pytest.fixture
+def ready(source, folder, gpt_tokenizer):
+    def of(rows=ROWS, max_new_tokens=5, max_length=16):
+        completions = Completions("answers", max_new_tokens)
+        task = PromptCompletion("qa", source, "{c} w0", "{answers}", max_length, completions)
+        task.load(folder(train=rows, validation=rows))
+        task.prepare(gpt_tokenizer)
+        return task
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "f1", "exact"),
+    [
+        ("Denver Broncos", ["Denver Broncos"], 1.0, 1.0),
+        ("the  DENVER broncos.", ["Denver Broncos"], 1.0, 1.0),  # case, article, point and blanks do not count
+        ("a Broncos", ["Denver Broncos"], 2 / 3, 0.0),  # precision 1, recall 1/2
+        ("Broncos of Denver", ["Denver Broncos", "Broncos"], 0.8, 0.0),  # the better of 4/5 and 1/2
+        ("x", ["y", "X"], 1.0, 1.0),  # any reference
+        ("", ["Denver"], 0.0, 0.0),
+        ("  The cat's, an (old) one -- A.  ", ["cats old one"], 1.0, 1.0),
+        ("a.an", ["aan"], 1.0, 1.0),  # punctuation goes before articles do
+        ("Theatre", ["atre"], 0.0, 0.0),
+        ("no no yes", ["no yes yes"], 2 / 3, 0.0),  # words count as often as they stand
+    ],
+)
+def test_scores_by_hand(said, true, f1, exact):
+    found = Completions("answers", 8).scores([said], [true])
+    assert found == {"f1": pytest.approx(f1, abs=1e-6), "exact_match": exact}
+
+
+def test_the_scores_are_means_over_rows():
+    found = Completions("answers", 8).scores(["x", "y z", "q"], [["x"], ["y"], ["r"]])
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def by_hand(model, ids, new_tokens, end=0):
+    """Token by token, by the definition: the likeliest next one until the end token."""
+    made = []
+    with torch.no_grad():
+        while len(made) < new_tokens:
+            best = int(model(torch.tensor([ids + made])).logits[0, -1].argmax())
+            if best == end:
+                break
+            made.append(best)
+    return made
+
+
+def test_a_completion_is_the_likeliest_token_after_token_whatever_stands_beside_it(ready, gpt, gpt_tokenizer):
+    task, completions = ready(), Completions("answers", 5)
+    prompts = [row["input_ids"][: row["context"]].tolist() for row in (task.validation[i] for i in range(4))]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    expected = [gpt_tokenizer.decode(by_hand(gpt, prompt, 5), skip_special_tokens=True) for prompt in prompts]
+    assert completions.made(gpt.eval(), gpt_tokenizer, prompts, 16) == expected
+    assert [completions.made(gpt, gpt_tokenizer, [prompt], 16)[0] for prompt in prompts] == expected
+    assert len(set(expected)) > 1, "a model that says the same of everything shows nothing"
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_the_model_is_not_asked_beyond_its_places(ready, gpt, gpt_tokenizer):
+    prompt = [3 + i % 20 for i in range(40)]  # the model knows 32 places
+    made = Completions("answers", 5).made(gpt.eval(), gpt_tokenizer, [prompt], 32)
+    assert made == [gpt_tokenizer.decode(by_hand(gpt, prompt[-27:], 5))]
+
+
+def test_an_empty_prompt_is_gone_on_from(gpt, gpt_tokenizer):
+    assert len(Completions("answers", 5).made(gpt.eval(), gpt_tokenizer, [[], [3, 4]], 16)) == 2
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_evaluate_holds_each_completion_against_the_references_of_its_own_row(ready, gpt, size, monkeypatch, batches):
+    task = ready()
+    answers = {0: "w12", 1: "w15", 2: "w17", 3: "no"}  # right; right by the second reference; half; wrong
+    rows = [task.validation[i] for i in range(4)]
+    prompts = {tuple(row["input_ids"][: row["context"]].tolist()): i for i, row in enumerate(rows)}
+
+    def made(self, model, processor, asked, max_length):
+        return [answers[prompts[tuple(prompt)]] for prompt in asked]
+
+    monkeypatch.setattr(Completions, "made", made)
+    order = [rows[i] for i in (2, 0, 3, 1)]
+    scores = task.evaluate(gpt, [task.collate(rows) for rows in batches(order, size)])
+    assert scores["exact_match"] == 0.5
+    assert scores["f1"] == pytest.approx((1 + 1 + 2 / 3 + 0) / 4)
+    assert tuple(scores) == task.metrics == ("f1", "exact_match", "perplexity", "token_accuracy", "loss")
+    assert task.higher_is_better is True
+
+
+def test_training_takes_the_first_reference_and_the_digest_sees_them_all(ready):
+    task = ready()
+    row = task.train[1]
+    assert row["input_ids"].tolist()[row["context"] :] == [15, 16, 0]  # w13 w14 <end>
+    changed = ROWS | {"answers": [["w12"], ["w13 w14", "w29"], ["w16 w17"], ["w18", "w19", "w20 w21"]]}
+    moved = ROWS | {"answers": [["w12", "w13 w14"], ["w15"], ["w16 w17"], ["w18", "w19", "w20 w21"]]}
+    assert len({task.fingerprint(), ready(changed).fingerprint(), ready(moved).fingerprint()}) == 3
+
+
+def test_the_row_number_reaches_no_model(ready, gpt):
+    task = ready()
+    batch = task.collate([task.train[i] for i in range(4)])
+    other = batch | {"row": batch["row"] + 7}
+    assert torch.equal(task.losses(gpt, batch), task.losses(gpt, other))
+
+
+@pytest.mark.parametrize("new_tokens", [0, 16, 40])
+def test_room_for_prompt_and_completion(source, new_tokens):
+    with pytest.raises(UserError, match=f"max_new_tokens={new_tokens}, expected 1 to 15"):
+        PromptCompletion("qa", source, "{c}", "{answers}", 16, Completions("answers", new_tokens))
