@@ -64,6 +64,42 @@ def test_a_right_model_passes_and_is_left_as_it_was(name, dtype, engine):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def off_by(share):
+    """The engine, with clipped sums that are wrong by that share: as coarse rounding makes them, or more."""
+
+    def make(model):
+        engine = BookKeeping(model)
+
+        def run(forward, **keywords):
+            found = engine(forward, **keywords)
+            for value in found.sums.values():
+                value.mul_(1 + share)
+            return found
+
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, "4 bits"])
+def test_rounding_is_allowed_by_the_coarsest_format_frozen_or_not(base):
+    """One per cent is rounding beside a base in bfloat16, stored so or in 4 bits, and an error in float32."""
+    frozen = nn.Linear(E, E).requires_grad_(False)
+    if base == "4 bits":
+        frozen.compute_dtype = torch.bfloat16  # what bitsandbytes' Linear4bit says of itself
+    else:
+        frozen.to(base)
+    model = Net(lambda net, x: net.frozen(x.to(net.frozen.weight.dtype)).float(), frozen=frozen)
+    if base == torch.float32:
+        with pytest.raises(UserError, match="differ by"):
+            check(model, off_by(0.01))
+    else:
+        check(model, off_by(0.01))
+    check(model, off_by(0.0))
+    with pytest.raises(UserError, match="differ by"):
+        check(model, off_by(0.5))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_group_wise_clipping_passes(engine):
     """PRIVACY line 33: it is held against group-wise clipping by definition; flat clipping gives other sums."""

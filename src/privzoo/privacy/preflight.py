@@ -166,8 +166,7 @@ def _compare_with_rows_alone(
     finite = torch.isfinite(alone)
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
-    dtype = next(iter(trainable_parameters(model).values())).dtype
-    tolerance = TOLERANCE[torch.bfloat16 if torch.is_autocast_enabled(found.device.type) else dtype]
+    tolerance = TOLERANCE[torch.bfloat16] if torch.is_autocast_enabled(found.device.type) else _tolerance(model)
     _compare("losses", found[finite], alone[finite], tolerance, way_out=", by a mean, by padding or through a module")
     rounding = float((found - alone)[finite].abs().max())
     if rounding > allowed:
@@ -201,7 +200,7 @@ def _compare_with_loop(
     finite = torch.isfinite(norms)  # an example without a finite gradient contributes nothing: nothing to compare
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite gradient: check model and data, or take float32.")
-    tolerance = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
+    tolerance = _tolerance(model)
     _compare("losses", found.losses[finite], torch.cat([one.losses for one in alone])[finite], tolerance)
     _compare("gradient norms", found.norms[finite], norms[finite], tolerance)
     contributions = float((norms * clipping(norms, clip_norm))[finite].sum())
@@ -212,6 +211,14 @@ def _compare_with_loop(
     for name, expected in sums.items():
         scale = max(float(expected.abs().max()), floor)
         _compare(f"the clipped sum of {name}", found.sums[name], expected, tolerance, scale)
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Of the coarsest format in which the model computes: a frozen base in bfloat16 rounds what trained float32 parts get, and
+    rows of other lengths round otherwise. A 4-bit layer stores no floats and names its format itself."""
+    formats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    formats |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+    return max(TOLERANCE[known] for known in formats if known in TOLERANCE)
 
 
 def _compare(
