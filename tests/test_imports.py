@@ -53,6 +53,7 @@ def test_no_torch_before_it_is_needed():
         "results",
         "run_folder",
         "reporting.display",
+        "tables",
         "privacy.plan",
         "privacy.ledger",
     )

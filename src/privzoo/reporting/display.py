@@ -52,18 +52,23 @@ def final_table(record: RunRecord, folder: str | Path | None = None) -> Table:
     return table
 
 
-def runs_table(folders: Iterable[str | Path]) -> Table:
+def runs_table(folders: Iterable[str | Path], strict: bool = False) -> Table:
     """One row per run, sorted by task, method, model and ε (∞ last); runs that differ in their seed alone share a row.
 
     A shared row shows mean ± sample standard deviation and, in a column runs, how many are behind it. Only runs with
     one group_id and different seeds are joined, and only finished ones. What all rows have in common (task, model, δ,
     state) is said once above the table, so that it fits a terminal. A folder whose record is unreadable is named below.
+
+    Raises:
+        UserError: with `strict`, if a record is unreadable.
     """
     records, notes = [], []
     for folder in folders:
         try:
             records.append(read_record(folder))
         except UserError as error:
+            if strict:
+                raise
             notes.append(Text(f"Left out: {error}"))
     groups = sorted(_groups(records), key=lambda group: _order(group[0]))
     for reason in dict.fromkeys(group[0].not_private_reason for group in groups):
