@@ -73,7 +73,11 @@ def epsilon_spent(releases: Releases, delta: float, grid: float = GRID) -> float
     Returns:
         0 for no release; inf where a release has no noise.
     """
-    releases = [(release, count) for release, count in releases if count > 0]
+    return _epsilon_spent(tuple((release, count) for release, count in releases if count > 0), delta, grid)
+
+
+@lru_cache(maxsize=1024)  # the runs of a sweep ask the same again and again, and an answer takes a twentieth of a second
+def _epsilon_spent(releases: tuple[tuple[Release, int], ...], delta: float, grid: float) -> float:
     if not releases:
         return 0.0
     if any(release.noise_multiplier == 0 for release, _ in releases):
@@ -90,13 +94,18 @@ def cross_check(releases: Releases, delta: float) -> dict[str, float]:
     """
     if any(release.noise == LAPLACE for release, _ in releases):
         return {"pure": pure_epsilon(releases)}
+    return dict(_prv_and_rdp(tuple((release, count) for release, count in releases if count > 0), delta))
+
+
+@lru_cache(maxsize=64)
+def _prv_and_rdp(releases: tuple[tuple[Release, int], ...], delta: float) -> tuple[tuple[str, float], ...]:
     from opacus.accountants import PRVAccountant, RDPAccountant  # imports torch: only when asked for
 
-    found = {}
+    found = []
     for name, accountant in (("prv", PRVAccountant()), ("rdp", RDPAccountant())):
-        accountant.history = [(r.noise_multiplier, r.sample_rate, count) for r, count in releases if count > 0]
-        found[name] = float(accountant.get_epsilon(delta=delta)) if accountant.history else 0.0
-    return found
+        accountant.history = [(r.noise_multiplier, r.sample_rate, count) for r, count in releases]
+        found.append((name, float(accountant.get_epsilon(delta=delta)) if accountant.history else 0.0))
+    return tuple(found)
 
 
 def pure_epsilon(releases: Releases) -> float:
