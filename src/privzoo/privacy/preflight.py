@@ -216,7 +216,7 @@ def _compare_with_loop(
 def _tolerance(model: nn.Module) -> float:
     """Of the coarsest format in which the model computes: a frozen base in bfloat16 rounds what trained float32 parts get,
     and rows of other lengths round otherwise. A 4-bit layer stores no floats and names its format itself."""
-    formats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    formats: set[Any] = {parameter.dtype for parameter in model.parameters()}
     formats |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return max(TOLERANCE[known] for known in formats if known in TOLERANCE)
 
