@@ -15,6 +15,10 @@ BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n
 LOSSES_OF_BATCH = "        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]\n"
 
 QUERY_MUTANTS = [
+    ("noise is keyed by rounded weights", "35", "methods/base.py", "*own, *self._exact_copies()])", "*own])",
+     (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
+    ("a checkpoint's float32 copies are not looked at", "35", "identity.py", ' if "exact" in state]', " if False]",
+     (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
     ("clip the sum of slopes", "5", ZEROTH_PY, FACTORS,
      "clip_factors(torch.linalg.vector_norm(slopes.sum(0)).expand(len(slopes)), clip_norm)[:, None]", (QUERY,)),
     ("slopes not clipped", "5", ZEROTH_PY, FACTORS,

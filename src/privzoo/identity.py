@@ -116,7 +116,9 @@ def _imported(target: str) -> Any:
 def _weights_of(checkpoint: dict[str, Any]) -> str:
     """What the next release is taken at, see `PrivateMethod._fingerprint`."""
     held = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("average.")}
-    return fingerprint((name.removeprefix("model."), value) for name, value in held.items())
+    states = checkpoint["optimizer_states"][0]["state"]
+    copies = [(f"exact.{number}", state["exact"]) for number, state in states.items() if "exact" in state]
+    return fingerprint([*((name.removeprefix("model."), value) for name, value in held.items()), *copies])
 
 
 def _code() -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from privzoo.errors import UserError
+from privzoo.identity import _weights_of
 from privzoo.methods.base import Interrupted, seal_of
 from privzoo.methods.directions import Direction, SeededSGD
 from privzoo.privacy.callback import PrivacyCallback
@@ -157,6 +158,20 @@ def test_a_resumed_run_makes_the_same_weights(dtype, make_walk, plans, tmp_path)
     if state:
         state[0]["exact"].add_(1e-6)
         assert checkpoint["seal"] != seal_of(checkpoint, key)
+
+
+def test_the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights(make_walk, plans, tmp_path):
+    """PRIVACY line 35: two states of which the weights round alike are two states, in a run and in its checkpoint."""
+    run = make_walk(plans(), lr=1e-3)
+    run.method.model.bfloat16()
+    run.fit().save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    before = run.method._fingerprint()
+    assert before == run.method.weights == _weights_of(checkpoint)
+    parameter = run.method.walker.param_groups[0]["params"][1]
+    run.method.walker.exact(parameter).mul_(1 + 1e-6)
+    checkpoint["optimizer_states"][0]["state"][1]["exact"].mul_(1 + 1e-6)
+    assert before != run.method._fingerprint() == _weights_of(checkpoint)
 
 
 # ---- options and pre-flight

@@ -189,7 +189,11 @@ class PrivateMethod(LightningModule):
         """Of the weights, and of the method's own state (a clip norm that adapts): what the next sum is taken at. No sum is
         taken at an average."""
         own = [(name, value) for name, value in self._own_state().items() if not name.startswith("average.")]
-        return fingerprint([*self.trainable.items(), *own])
+        return fingerprint([*self.trainable.items(), *own, *self._exact_copies()])
+
+    def _exact_copies(self) -> list[tuple[str, Tensor]]:
+        """What an optimizer keeps of weights that are its rounding: `exact.<number of the parameter in it>`."""
+        return []
 
     def _own_state(self) -> dict[str, Tensor]:
         """State of every part but the model (whose own would be packed anew each time if it is quantised)."""

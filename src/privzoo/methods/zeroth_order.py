@@ -131,6 +131,10 @@ class ZerothOrder(PrivateMethod):
     def exact(self) -> Mapping[str, Tensor]:
         return {name: self.walker.exact(parameter) for name, parameter in self.trainable.items()}
 
+    def _exact_copies(self) -> list[tuple[str, Tensor]]:
+        parameters = [parameter for group in self.walker.param_groups for parameter in group["params"]]
+        return [(f"exact.{i}", self.walker.exact(p)) for i, p in enumerate(parameters) if p.element_size() < 4]
+
     @cached_property
     def walker(self) -> SeededSGD:
         """The optimizer; the query moves the weights with it too, as it holds their float32 copies."""
