@@ -61,6 +61,7 @@ def test_the_card_names_unit_relation_and_limits(finished):
         "example", "add_or_remove_one", "poisson",
     )  # fmt: skip
     assert card["plan"]["delta"] < 1 / card["plan"]["num_examples"]
+    assert card["contribution"] == "a gradient, scaled as a whole by Flat() to a norm of at most clip_norm"
     assert card["limits"]
     assert "256 bits from the operating system" in card["run_key"]
 

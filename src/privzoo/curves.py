@@ -64,7 +64,7 @@ class Curves(Callback):
         speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
         assert isinstance(pl_module, PrivateMethod)
         lr = pl_module.lr_at(step - 1)
-        values = {"lr": lr, "examples_per_s": speed, **pl_module.private_metrics}
+        values = {"lr": lr, "examples_per_s": speed, **pl_module.public_metrics, **pl_module.private_metrics}
         if self.plan.private:
             values["epsilon"] = self.epsilon_at(step)
         for logger in trainer.loggers:

@@ -170,7 +170,10 @@ def _finish(
         save_model(folder.model, method.model, processor)
     if folder.cfg.method.get("merge", False):
         _save_merged(folder, method.task, processor)
-    card = privacy_card(plan, ledger, method.mechanism.key.is_test_key, folder.cfg.logger.private, method.task.selection)
+    mechanism = method.mechanism
+    card = privacy_card(
+        plan, ledger, mechanism.key.is_test_key, folder.cfg.logger.private, method.contribution, method.task.selection
+    )
     write_json(folder.card, card)
     state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
     record = replace(record, state=state, metrics=metrics, epsilon_spent=card["epsilon_spent"])

@@ -32,6 +32,27 @@ def test_every_phase_is_checked(make_run):
     make_run(plan, phases=PARTS, adaptive=AdaptiveClip(count_noise=2.1))
 
 
+def test_card_and_curves_say_what_it_does(make_run, plans):
+    """The curve holds the C_t that a release was clipped to: made of former releases, hence public."""
+    run, used = make_run(plans(), adaptive=AdaptiveClip(quantile=0.9, count_noise=1.0)), []
+    query = run.method.query
+
+    def watched(batch):
+        used.append(run.method.adaptive.clip_norm(run.method.mechanism.plan.at(batch.release)))
+        sums = query(batch)
+        assert run.method.public_metrics == {"clip_norm": used[-1]}
+        return sums
+
+    run.method.query = watched
+    run.fit()
+    assert len(set(used)) == len(used) > 1
+    assert run.method.public_metrics == {"clip_norm": used[-1]}
+    assert "C_t, which follows their quantile 0.9 by a noisy count" in run.method.contribution
+    plain = make_run(plans()).method
+    assert plain.public_metrics == {}
+    assert plain.contribution == "a gradient, scaled as a whole by Flat() to a norm of at most clip_norm"
+
+
 def test_a_new_phase_begins_at_its_own_clip_norm(make_run):
     """Two releases at C = 0.5, two at C = 0.25: C_2 = 0.25 whatever C_1 was."""
     run = make_run(phases(), phases=PARTS, adaptive=AdaptiveClip(count_noise=1.0))

@@ -96,7 +96,9 @@ def test_the_card_says_for_whom_the_promise_is(privzoo, tmp_path) -> None:
 def test_a_selection_is_a_limit_of_the_card(tmp_path) -> None:
     plan = PrivacyPlan(num_examples=100, batch_size=50, epochs=1, delta=1e-3, noise_multiplier=1.0)
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        limits = [privacy_card(plan, ledger, False, False, selection)["limits"] for selection in (None, "Some rows.")]
+        limits = [
+            privacy_card(plan, ledger, False, False, "a gradient", selection)["limits"] for selection in (None, "Some rows.")
+        ]
     assert limits[1] == [*limits[0], "Some rows."]
 
 

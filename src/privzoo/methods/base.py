@@ -214,6 +214,16 @@ class PrivateMethod(LightningModule):
         """What is trained, by name: the parameters, but where a method keeps more exact copies of them."""
         return self.trainable
 
+    @property
+    def contribution(self) -> str:
+        """What one example adds to a release and what bounds it, in words for the privacy card."""
+        return f"the query of {type(self).__name__}, of a norm of at most clip_norm"
+
+    @property
+    def public_metrics(self) -> dict[str, float]:
+        """Figures of the last release that are made of former releases alone, for the curves."""
+        return {}
+
     # ---- learning rate
 
     def configure_optimizers(self) -> Any:

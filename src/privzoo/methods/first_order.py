@@ -17,6 +17,7 @@ from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.methods.optimizers import tell_noise
 from privzoo.privacy.clipping.adaptive import COUNT, AdaptiveClip
 from privzoo.privacy.clipping.engine import ClippedSums, zero_sums
+from privzoo.privacy.clipping.functions import FLAT
 from privzoo.privacy.noise import Part
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.preflight import check_engine
@@ -42,6 +43,7 @@ class FirstOrder(PrivateMethod):
         super().__init__(*args, **rest)
         self.engine = engine(self.model)
         self.adaptive = adaptive
+        self.clip_norm = 0.0  # of the last release
         if adaptive is not None:
             adaptive.check(self.mechanism.plan)
 
@@ -55,6 +57,7 @@ class FirstOrder(PrivateMethod):
         if self.adaptive is not None and setting.index == 0:
             self.adaptive.scale.fill_(1)  # other parameters, hence other norms
         clip_norm = setting.clip_norm if self.adaptive is None else self.adaptive.clip_norm(setting)
+        self.clip_norm = clip_norm
         sums: dict[str, Tensor] = {}  # made by the first micro-batch: until then they would only take memory
         losses, norms = [], []
         self.private_metrics.clear()
@@ -70,6 +73,21 @@ class FirstOrder(PrivateMethod):
         sums |= zero_sums({name: p for name, p in active.items() if name not in sums})
         count = {} if self.adaptive is None else {COUNT: self.adaptive.count(norms, setting)}
         return {name: sums[name] for name in active} | count
+
+    @property
+    def contribution(self) -> str:
+        names = {"all": "as a whole", "layer": "layer by layer to a share each, C / sqrt(number of layers)"}
+        how = (
+            f"a gradient, scaled {names[getattr(self.engine, 'groups', 'all')]} by {getattr(self.engine, 'clipping', FLAT)}"
+        )
+        if self.adaptive is None:
+            return f"{how} to a norm of at most clip_norm"
+        return f"{how} to a norm of at most C_t, which follows their quantile {self.adaptive.quantile:g} by a noisy count"
+
+    @property
+    def public_metrics(self) -> dict[str, float]:
+        """With `adaptive`, the clip norm of the last release."""
+        return {} if self.adaptive is None else {"clip_norm": self.clip_norm}
 
     def parts(self, release: int) -> list[Part] | None:
         """None, or with `adaptive` the gradients, clipped to C_t, and the count."""

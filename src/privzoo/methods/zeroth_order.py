@@ -131,6 +131,11 @@ class ZerothOrder(PrivateMethod):
     def exact(self) -> Mapping[str, Tensor]:
         return {name: self.walker.exact(parameter) for name, parameter in self.trainable.items()}
 
+    @property
+    def contribution(self) -> str:
+        many = "the slope" if self.directions == 1 else f"the {self.directions} slopes, together,"
+        return f"{many} of the loss along random directions, scaled down to an L{self._order} norm of at most clip_norm"
+
     def _exact_copies(self) -> list[tuple[str, Tensor]]:
         parameters = [parameter for group in self.walker.param_groups for parameter in group["params"]]
         return [(f"exact.{i}", self.walker.exact(p)) for i, p in enumerate(parameters) if p.element_size() < 4]

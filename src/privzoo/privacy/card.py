@@ -20,11 +20,17 @@ LIMITS = (
 
 
 def privacy_card(
-    plan: PrivacyPlan, ledger: Ledger, is_test_key: bool, private_logged: bool, selection: str | None = None
+    plan: PrivacyPlan,
+    ledger: Ledger,
+    is_test_key: bool,
+    private_logged: bool,
+    contribution: str,
+    selection: str | None = None,
 ) -> dict[str, Any]:
     """Content of privacy.json, from the plan and from what the ledger recorded.
 
     Args:
+        contribution: what one example adds to a release and what bounds it.
         selection: a further limit, where the training rows are a part of a source.
 
     Guarantees: `epsilon_spent` is the PLD figure of the recorded releases; `private` is false without noise or with a
@@ -38,6 +44,7 @@ def privacy_card(
         "private": private,
         "not_private_reason": why_not_private(plan, is_test_key),
         "plan": plan.as_record(),
+        "contribution": contribution if plan.private else "a gradient or loss as it is: nothing is bounded",
         "epsilon_spent": spent if private else None,
         "delta": plan.delta,
         "accountant": f"PLD of dp-accounting {version('dp-accounting')}, discretisation {GRID:g}",
