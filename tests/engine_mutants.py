@@ -361,10 +361,18 @@ METHOD_MUTANTS = [
      (TRAINABLE + "a_pattern_that_chooses_nothing_but_the_head",)),
 ]  # fmt: skip
 
-BY_GROUP = "grouping(parameters, self.groups, clip_norm, self.clipping)"
+BY_GROUP = "grouping(parameters, self.groups, clip_norm, self.clipping, self.shares)"
 GROUPED_MUTANTS = [
-    ("each layer clipped to the whole norm", "5", GROUPED_PY, "clip_norm / math.sqrt(max(1, len(set(of.values()))))",
+    ("each layer clipped to the whole norm", "5", GROUPED_PY, "clip_norm / math.sqrt(squares or 1)",
      "clip_norm", (GROUPED + "by_hand[BookKeeping]", GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]")),
+    ("shares that do not add up to C", "5", GROUPED_PY, "weights.get(group, 1.0) ** 2 for", "1.0 for",
+     (GROUPED + "shares_of_the_clip_norm", GROUPED + "one_unit_moves_the_sum_by_at_most_c_whatever_the_shares")),
+    ("shares that are not squared", "5", GROUPED_PY, "weights.get(group, 1.0) ** 2 for", "weights.get(group, 1.0) for",
+     (GROUPED + "shares_of_the_clip_norm",)),
+    ("a weight for each parameter of a layer", "5", GROUPED_PY, "for group in set(of.values()))\n    return",
+     "for group in of.values())\n    return", (GROUPED + "shares_of_the_clip_norm",)),
+    ("pre-flight knows no shares", "33", PREFLIGHT_PY, 'getattr(engine, "shares", None)', "None",
+     (GROUPED + "the_preflight_clips_by_the_same_shares",)),
     ("each parameter a group of its own, with a layer's share", "5", GROUPED_PY, "Grouping(of, clip_norm /",
      "Grouping({name: name for name in of}, clip_norm /", (GROUPED + "one_unit_moves_the_sum_by_at_most_c[10000.0]",)),
     ("a share for the groups in use alone", "5", BOOK_KEEPING_PY, BY_GROUP,
@@ -381,7 +389,8 @@ GROUPED_MUTANTS = [
     ("the caller's autocast rounds Opacus' sums", "5 27", OPACUS_PY,
      "with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):  # the", "with torch.no_grad():  # the",
      (OPACUS + "the_callers_autocast_does_not_round_sums",)),
-    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY, "Loop(model, groups, clipping), None",
+    ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY,
+     'Loop(model, groups, clipping, getattr(engine, "shares", None)), None',
      "Loop(model), None",
      (PREFLIGHT + "group_wise_clipping_passes",)),
 ]  # fmt: skip

@@ -76,7 +76,7 @@ class FirstOrder(PrivateMethod):
 
     @property
     def contribution(self) -> str:
-        names = {"all": "as a whole", "layer": "layer by layer to a share each, C / sqrt(number of layers)"}
+        names = {"all": "as a whole", "layer": "layer by layer to shares C_l with sum of C_l^2 = C^2"}
         how = (
             f"a gradient, scaled {names[getattr(self.engine, 'groups', 'all')]} by {getattr(self.engine, 'clipping', FLAT)}"
         )

@@ -191,7 +191,7 @@ def _compare_with_loop(
     if len(found.losses) != len(together):
         raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found {len(found.losses)}.")
     groups, clipping = getattr(engine, "groups", "all"), getattr(engine, "clipping", FLAT)
-    loop, sums, alone = Loop(model, groups, clipping), None, []
+    loop, sums, alone = Loop(model, groups, clipping, getattr(engine, "shares", None)), None, []
     for row in together:
         alone.append(loop(lambda row=row: losses(collate([row])), clip_norm=clip_norm, into=sums))  # type: ignore[misc]
         sums = alone[-1].sums

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import runpy
 import weakref
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from privzoo.errors import UserError
 from privzoo.privacy.clipping import BookKeeping, Loop, gradients
 from privzoo.privacy.clipping.grouped import grouping
+from privzoo.privacy.preflight import check_engine
 
 PLAIN = runpy.run_path(str(Path(__file__).with_name("test_book_keeping.py")))
 CASES, UNITS, X, Model, scored = (PLAIN[name] for name in ("CASES", "UNITS", "X", "Model", "scored"))
@@ -92,6 +94,73 @@ def test_a_use_that_is_reached_later():
     engine = BY_LAYER["BookKeeping"](model)
     for reached["b"] in (False, True, True):
         same(engine(model, 0.7), BY_LAYER["Loop"](model)(model, 0.7))
+
+
+# ---- uneven shares
+
+SHARES = {"norm": 4.0, "first": 0.5}
+
+
+def test_shares_of_the_clip_norm():
+    """C_l = C w_l / sqrt(sum of w^2), one weight a layer, and the squares of all C_l add up to that of C."""
+    names = ["first.weight", "first.bias", "norm.weight", "norm.bias", "last.weight"]
+    groups = grouping(names, "layer", 2.0, shares=SHARES)
+    long = torch.tensor([1e9])
+    found = {group: float(groups.factors(group, long) * long) for group in ("first", "norm", "last")}
+    unit = 2.0 / math.sqrt(0.5**2 + 4.0**2 + 1)
+    assert found == pytest.approx({"first": 0.5 * unit, "norm": 4 * unit, "last": unit})
+    assert sum(value**2 for value in found.values()) == pytest.approx(4.0)
+    first = grouping(names, "layer", 2.0, shares={"no": 3.0, "norm|last": 2.0})
+    assert first.weights == {"norm": 3.0, "last": 2.0}  # the first expression that is found
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e4])
+@pytest.mark.parametrize("engine", [BookKeeping, Loop])
+def test_one_unit_moves_the_sum_by_at_most_c_whatever_the_shares(engine, strength):
+    model = CASES["layer norm"]()
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    made, clip_norm = engine(model, "layer", shares={sorted(layers)[0]: 9.0}), 0.3
+    with_it = made(lambda: model() * torch.tensor([1.0, 1, strength, 1, 1]), clip_norm).sums
+    without = made(lambda: model() * torch.tensor([1.0, 1, 0, 1, 1]), clip_norm).sums
+    moved = math.sqrt(sum(float((with_it[name] - without[name]).square().sum()) for name in with_it))
+    assert 0.1 * clip_norm < moved <= clip_norm * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("case", ["layer norm", "self-attention", "weight norm"])
+def test_with_shares_it_equals_the_loop(case):
+    model = CASES[case]()
+    layer = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()})[0]
+    clip_norm = float(Loop(model)(model, math.inf).norms.mean())
+    expected, even = (Loop(model, "layer", shares=shares)(model, clip_norm) for shares in ({layer: 7.0}, None))
+    assert any(not torch.allclose(value, even.sums[name]) for name, value in expected.sums.items())
+    engine = BookKeeping(model, "layer", shares={layer: 7.0})
+    for _ in range(2):
+        same(engine(model, clip_norm), expected)
+
+
+def test_the_preflight_clips_by_the_same_shares():
+    """PRIVACY line 33."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+    rows = [torch.randn(6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    engine = BookKeeping(model, "layer", shares={"2": 5.0})
+    check_engine(engine, model, lambda batch: model(batch["x"])[:, 0], rows, lambda r: {"x": torch.stack(r)}, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shares", "said"),
+    [
+        ("all", {"a": 2.0}, "set method.engine.groups=layer"),
+        ("layer", {"a": 0.0}, "shares[a]=0.0 to be a number above 0"),
+        ("layer", {"a": math.inf}, "shares[a]=inf to be a number above 0"),
+        ("layer", {"a": "much"}, "shares[a]=much to be a number above 0"),
+        ("layer", {"nowhere": 2.0}, "names 'nowhere', which no group"),
+    ],
+)
+def test_wrong_shares_are_one_sentence(groups, shares, said):
+    model = CASES["layer norm"]()
+    with pytest.raises(UserError, match=re.escape(said)):
+        BookKeeping(model, groups, shares=shares)(model, 1.0)
 
 
 def same(found, expected):

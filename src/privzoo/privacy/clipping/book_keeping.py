@@ -3,7 +3,7 @@
 Sources: Goodfellow 2015 (per-example norms); Li et al. 2022 (ghost norm); Bu et al. 2022 (book-keeping).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,18 @@ class BookKeeping:
         groups: "all" clips the gradient as one; "layer" each module's part on its own (see `grouped`), which keeps nothing
             until the backward pass is over.
         clipping: factors of norms, see `functions`.
+        shares: weights of groups by layer, see `grouping`; None: all alike.
     """
 
-    def __init__(self, model: nn.Module, groups: str = "all", clipping: ClippingFunction = FLAT) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: str = "all",
+        clipping: ClippingFunction = FLAT,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         self.model = model
-        self.groups = checked_groups(groups)
+        self.groups, self.shares = checked_groups(groups, shares), shares
         self.clipping = clipping
         self.layouts = Layouts()
 
@@ -58,7 +65,9 @@ class BookKeeping:
         """
         parameters = trainable_parameters(self.model)
         sums = {} if into is None else into
-        groups = None if self.groups == "all" else grouping(parameters, self.groups, clip_norm, self.clipping)
+        groups = None
+        if self.groups != "all":
+            groups = grouping(parameters, self.groups, clip_norm, self.clipping, self.shares)
         losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             if isinstance(book, GroupedBook):

@@ -1,15 +1,16 @@
 """Group-wise clipping: each group of parameters has a clip norm of its own, so that it is clipped as soon as it has arrived.
 
-With G groups and C / sqrt(G) for each, one unit moves the joint sum by at most C, as with flat clipping, and sigma is the
-same; but no group's factors need the norms of the others: nothing is kept until the backward pass is over. Clipping group by
-group takes more from a gradient than clipping it as one, so accuracy is another.
+With weights w_l and C_l = C w_l / sqrt(sum of w^2) for group l, sum of C_l^2 = C^2: one unit moves the joint sum by at most
+C, as with flat clipping, and sigma is the same; but no group's factors need the norms of the others: nothing is kept until
+the backward pass is over. Clipping group by group takes more from a gradient than clipping it as one, so accuracy differs.
 
 Source: McMahan et al. 2018 (per-layer clipping); He et al. 2023 (group-wise clipping).
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,35 +25,67 @@ GROUPS = ("all", "layer")
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which group each trainable parameter is clipped with, and that group's share of the clip norm.
+    """Which group each trainable parameter is clipped with, and that group's part of the clip norm.
 
     Args:
         of: group by parameter.
-        clip_norm: C / sqrt(number of groups).
+        clip_norm: C_l of a group of weight 1, C / sqrt(sum of squared weights).
         clipping: factors of a group's norms.
+        weights: by group; 1 where it is not named.
     """
 
     of: dict[str, str]
     clip_norm: float
     clipping: ClippingFunction = FLAT
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def factors(self, group: str, norms: Tensor) -> Tensor:
+        """Clip factors (U,) of the norms (U,) of one group's part of each unit's gradient."""
+        return self.clipping(norms, self.clip_norm * self.weights.get(group, 1.0))
 
 
-def grouping(parameters: Iterable[str], groups: str, clip_norm: float, clipping: ClippingFunction = FLAT) -> Grouping:
+def grouping(
+    parameters: Iterable[str],
+    groups: str,
+    clip_norm: float,
+    clipping: ClippingFunction = FLAT,
+    shares: Mapping[str, float] | None = None,
+) -> Grouping:
     """All parameters in one group, or those of each module ("layer") in one.
 
     The number of groups hangs on the model alone, never on what a batch makes use of.
+
+    Args:
+        shares: regular expression to weight, for the groups that it is found in (the first one that is); others have 1.
+    Raises:
+        UserError: if an expression is found in no group.
 
     >>> round(grouping(["a.weight", "a.bias", "b.weight"], "layer", clip_norm=1.0).clip_norm, 6)
     0.707107
     """
     of = {name: name.rpartition(".")[0] if groups == "layer" else "" for name in parameters}
-    return Grouping(of, clip_norm / math.sqrt(max(1, len(set(of.values())))), clipping)
+    weights: dict[str, float] = {}
+    for pattern, weight in (shares or {}).items():
+        found = [group for group in of.values() if re.search(pattern, group)]
+        if not found:
+            raise UserError(
+                f"method.engine.shares names {pattern!r}, which no group of trained parameters is called: expected a part "
+                f"of a name such as {next(iter(of.values()), '')!r}."
+            )
+        weights = dict.fromkeys(found, float(weight)) | weights
+    squares = sum(weights.get(group, 1.0) ** 2 for group in set(of.values()))
+    return Grouping(of, clip_norm / math.sqrt(squares or 1), clipping, weights)
 
 
-def checked_groups(groups: str) -> str:
-    """Raises UserError unless it is one of `GROUPS`."""
+def checked_groups(groups: str, shares: Mapping[str, float] | None = None) -> str:
+    """Raises UserError unless it is one of `GROUPS`, and shares are numbers above 0 for groups by layer."""
     if groups not in GROUPS:
         raise UserError(f"Unknown groups={groups!r}: expected method.engine.groups=all or layer.")
+    if shares and groups != "layer":
+        raise UserError("method.engine.shares needs groups to share among: set method.engine.groups=layer.")
+    for pattern, weight in (shares or {}).items():
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise UserError(f"Expected method.engine.shares[{pattern}]={weight} to be a number above 0.")
     return groups
 
 
@@ -127,6 +160,6 @@ class GroupedBook:
     def _clip(self, group: str) -> None:
         book = self.books.pop(group)
         squares = book.squared_norms()
-        book.add_clipped(self.sums, self.grouping.clipping(squares.sqrt(), self.grouping.clip_norm))
+        book.add_clipped(self.sums, self.grouping.factors(group, squares.sqrt()))
         self.squares = self.squares + squares
         self.finished.add(group)

@@ -1,6 +1,6 @@
 """The definition: one backward pass per unit. Slow, plain, and the oracle of every other engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,18 @@ class Loop:
         model: only its trainable parameters are looked at.
         groups: "all", or "layer": each module's part of a gradient is clipped on its own (see `grouped`).
         clipping: factors of norms, see `functions`.
+        shares: weights of groups by layer, see `grouping`; None: all alike.
     """
 
-    def __init__(self, model: nn.Module, groups: str = "all", clipping: ClippingFunction = FLAT) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: str = "all",
+        clipping: ClippingFunction = FLAT,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         self.model = model
-        self.groups = checked_groups(groups)
+        self.groups, self.shares = checked_groups(groups, shares), shares
         self.clipping = clipping
 
     def __call__(
@@ -59,13 +66,13 @@ class Loop:
             losses = forward()
         units, count = checked_units(losses, unit_of_row)
         norms = losses.new_zeros(count, dtype=torch.promote_types(losses.dtype, torch.float32))
-        groups = grouping(parameters, self.groups, clip_norm)
+        groups = grouping(parameters, self.groups, clip_norm, self.clipping, self.shares)
         for unit in range(count):
             gradients = self._gradients(parameters, losses[units == unit].sum())
             norms[unit] = _norm(gradients.values())
             for group in set(groups.of.values()):
                 part = {name: gradient for name, gradient in gradients.items() if groups.of[name] == group}
-                factor = self.clipping(_norm(part.values()).to(norms.dtype).view(1), groups.clip_norm)
+                factor = groups.factors(group, _norm(part.values()).to(norms.dtype).view(1))
                 if factor.item() > 0:
                     for name, gradient in part.items():
                         sums[name].add_(gradient * factor[0])
