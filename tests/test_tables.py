@@ -1,5 +1,6 @@
 """`python -m privzoo.tables`: kept records become tables, on the screen and as Markdown."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_each_folder_of_records_becomes_a_table_on_the_screen_and_a_file(tmp_pat
     assert tables(tmp_path) == [tmp_path / "glue.md", tmp_path / "other.md"]
     lines = (tmp_path / "glue.md").read_text().splitlines()
     assert lines[0].startswith("task sst2 · model minilm · δ 1e-5")
-    assert lines[2] == "| method | ε target | ε spent | σ | accuracy | un- trained | steps | time | memory |"
+    assert lines[2] == "| method | ε target | ε spent | σ | accuracy | untrained | steps | time | memory |"
     assert lines[3] == "|---" + "|---:" * 8 + "|"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert [(row[0], row[4], row[-1]) for row in rows] == [
@@ -74,6 +75,25 @@ def test_a_damaged_record_is_refused_and_no_file_is_touched(tmp_path):
     assert not list(tmp_path.glob("*.md"))
 
 
+def test_names_with_points_are_tables_of_their_own(tmp_path):
+    for name in ("glue_v1.0", "glue_v1.1"):
+        keep(tmp_path / name, record("dp_full", 0.9))
+    assert [path.name for path in tables(tmp_path)] == ["glue_v1.0.md", "glue_v1.1.md"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize(("place", "mode"), [(".", 0o000), ("glue", 0o000), ("glue/0", 0o000), (".", 0o555)])
+def test_what_may_not_be_read_or_written_is_one_sentence(place, mode, tmp_path):
+    keep(tmp_path / "glue", record("dp_full", 0.9))
+    (tmp_path / place).chmod(mode)
+    try:
+        with pytest.raises(UserError, match=r"cannot be read|cannot be written"):
+            tables(tmp_path)
+    finally:
+        (tmp_path / place).chmod(0o755)
+    assert not list(tmp_path.glob("*.md"))
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_a_folder_without_records_is_one_sentence(name, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -90,7 +110,9 @@ def test_a_bar_in_a_cell_does_not_end_it(tmp_path):
 
 
 def test_the_tables_of_the_project_are_what_its_records_say():
-    for folder in (place for place in KEPT.iterdir() if place.is_dir()):
+    folders = [place for place in KEPT.iterdir() if place.is_dir()]
+    assert folders
+    for folder in folders:
         runs = [path.parent for path in sorted(folder.rglob("result.json"))]
         assert runs, folder
         assert folder.with_suffix(".md").read_text() == markdown(runs_table(runs, strict=True))

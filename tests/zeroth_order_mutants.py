@@ -15,8 +15,12 @@ BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n
 LOSSES_OF_BATCH = "        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]\n"
 
 QUERY_MUTANTS = [
+    ("beside a coarse base neighbours move a row's loss", "7", PREFLIGHT_PY, "if fine < coarse else ():",
+     "if False else ():", (LOSSES + "beside_a_coarse_base_rows_may_not_influence_one_another",)),
     ("noise is keyed by rounded weights", "35", "methods/base.py", "*own, *self._exact_copies()])", "*own])",
      (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
+    ("a checkpoint's float32 copies in the order of their making", "35", "identity.py", "sorted(states.items())",
+     "states.items()", (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
     ("a checkpoint's float32 copies are not looked at", "35", "identity.py", ' if "exact" in state]', " if False]",
      (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
     ("clip the sum of slopes", "5", ZEROTH_PY, FACTORS,

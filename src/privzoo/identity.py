@@ -117,7 +117,7 @@ def _weights_of(checkpoint: dict[str, Any]) -> str:
     """What the next release is taken at, see `PrivateMethod._fingerprint`."""
     held = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("average.")}
     states = checkpoint["optimizer_states"][0]["state"]
-    copies = [(f"exact.{number}", state["exact"]) for number, state in states.items() if "exact" in state]
+    copies = [(f"exact.{number}", state["exact"]) for number, state in sorted(states.items()) if "exact" in state]
     return fingerprint([*((name.removeprefix("model."), value) for name, value in held.items()), *copies])
 
 

@@ -1,5 +1,6 @@
 """Print the kept results and write them as Markdown: `python -m privzoo.tables`, which is what `make tables` calls."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,27 +25,47 @@ def tables(folder: str | Path) -> list[Path]:
         UserError: there is no such folder, it holds no record, or a record cannot be read; then no file is touched.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"folder={folder} is not a folder: name one that holds folders of run records.")
-    found = {place: run_folders(place) for place in sorted(folder.iterdir()) if place.is_dir()}
+    found = {place: run_folders(place) for place in _folders_in(folder)}
     found = {place: runs for place, runs in found.items() if runs}
     if not found:
         raise UserError(
             f"No folder in {folder} holds a run record: copy result.json of a finished run to "
             f"{folder}/<table>/<run>/result.json."
         )
-    made = {place.with_suffix(".md"): runs_table(runs, strict=True) for place, runs in found.items()}
+    made = {folder / f"{place.name}.md": runs_table(runs, strict=True) for place, runs in found.items()}
     for path, table in made.items():
         print_table(table)
         write_text(path, markdown(table))
     return list(made)
 
 
+def _folders_in(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted; every one of them, and itself, can be read and `folder` can be written to.
+
+    Raises:
+        UserError: naming what cannot.
+    """
+    if not folder.is_dir():
+        raise UserError(f"folder={folder} is not a folder: name one that holds folders of run records.")
+    readable = os.access(folder, os.R_OK | os.X_OK)
+    places = sorted(place for place in folder.iterdir() if place.is_dir()) if readable else []
+    inside = [below for place in places for below in (place, *place.rglob("*")) if below.is_dir()]
+    for place in (folder, *inside):
+        if not os.access(place, os.R_OK | os.X_OK):
+            raise UserError(f"{place} cannot be read: its records would be left out; change its permissions.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: copy it to where the tables may be written, and name that.")
+    return places
+
+
 def main() -> None:
     """Entry point of `privzoo-tables`."""
     with exit_on_error():
         arguments = read_arguments(sys.argv[1:], ARGUMENTS)
-        for path in tables(arguments.get("folder", "paper_tables")):
+        folder = arguments.get("folder", "paper_tables")
+        if not folder:
+            raise UserError("folder= names nothing: give a folder, or leave it out for paper_tables.")
+        for path in tables(folder):
             print(f"privzoo: wrote {path}", file=sys.stderr)
 
 

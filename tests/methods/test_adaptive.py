@@ -47,7 +47,11 @@ def test_card_and_curves_say_what_it_does(make_run, plans):
     run.fit()
     assert len(set(used)) == len(used) > 1
     assert run.method.public_metrics == {"clip_norm": used[-1]}
-    assert "C_t, which follows their quantile 0.9 by a noisy count" in run.method.contribution
+    assert "C_t, and 1/2 or -1/2 to a count, both accounted as one release" in run.method.contribution
+    assert "quantile 0.9 of the norms" in run.method.contribution
+    twin = make_run(plans(private=False), adaptive=AdaptiveClip())
+    twin.fit()
+    assert twin.method.public_metrics == {}, "its clip norm is infinite"
     plain = make_run(plans()).method
     assert plain.public_metrics == {}
     assert plain.contribution == "a gradient, scaled as a whole by Flat() to a norm of at most clip_norm"

@@ -62,6 +62,18 @@ def test_coupling_is_refused(name):
     assert all(torch.equal(value, before[key]) for key, value in COUPLING[name].state_dict().items())
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_beside_a_coarse_base_rows_may_not_influence_one_another(base):
+    """PRIVACY line 7: other shapes round by 1 % beside a base in bfloat16, the same shape does not."""
+    frozen = nn.Linear(E, E).requires_grad_(False).to(base)
+    model = Net(lambda net, h: net.frozen(h.to(base)).float(), frozen=frozen)
+    check(model)
+    if base == torch.bfloat16:
+        check(model, losses=lambda batch: model(batch["x"]) * (1.01 if len(batch["x"]) == 1 else 1.0))
+    with pytest.raises(UserError, match="losses of a batch and of its rows alone differ"):
+        check(model, losses=lambda batch: model(batch["x"]) * (1 + 0.01 * batch["x"].sum(dim=1).tanh().mean()))
+
+
 def test_rounding_beyond_what_is_allowed_is_refused():
     """A loss that differs by a ten-thousandth passes as a loss, but not where it is divided by a thousandth."""
     model = Net(lambda net, h: h + 1e-4 * (len(h) == 1))

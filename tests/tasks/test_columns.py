@@ -122,6 +122,8 @@ def test_the_digest_of_texts_is_blind_to_layout_alone():
         ([["a", "b"], ["c", None]], None, "t, row 1: 'answers' is null"),
         ([["a"], ["b"], [None]], None, "t, row 2: 'answers' is null"),
         (["a"], None, "expected a list of texts a row"),
+        ([[{"text": "a"}]], None, "expected a list of texts a row"),
+        ([["a"]], pa.list_(pa.string(), 1), "expected a list of texts a row"),
         ([[1]], None, "holds int64 (row 0: 1), expected text"),
         ([[b"a"], [b"b", b"\xff"]], pa.list_(pa.binary()), "expected text"),
     ],

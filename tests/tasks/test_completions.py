@@ -1,5 +1,8 @@
 """Greedy completions and SQuAD's scores: by hand, and whatever the batch."""
 
+import copy
+
+import peft
 import pytest
 import torch
 
@@ -15,11 +18,11 @@ ROWS = {
 
 @pytest.fixture
 def ready(source, folder, gpt_tokenizer):
-    def of(rows=ROWS, max_new_tokens=5, max_length=16):
+    def of(rows=ROWS, max_new_tokens=5, max_length=16, tokenizer=gpt_tokenizer):
         completions = Completions("answers", max_new_tokens)
         task = PromptCompletion("qa", source, "{c} w0", "{answers}", max_length, completions)
         task.load(folder(train=rows, validation=rows))
-        task.prepare(gpt_tokenizer)
+        task.prepare(tokenizer)
         return task
 
     return of
@@ -68,19 +71,54 @@ def test_a_completion_is_the_likeliest_token_after_token_whatever_stands_beside_
     prompts = [row["input_ids"][: row["context"]].tolist() for row in (task.validation[i] for i in range(4))]
     assert len({len(prompt) for prompt in prompts}) > 1
     expected = [gpt_tokenizer.decode(by_hand(gpt, prompt, 5), skip_special_tokens=True) for prompt in prompts]
-    assert completions.made(gpt.eval(), gpt_tokenizer, prompts, 16) == expected
-    assert [completions.made(gpt, gpt_tokenizer, [prompt], 16)[0] for prompt in prompts] == expected
+    assert completions.made(gpt.eval(), gpt_tokenizer, prompts) == expected
+    assert [completions.made(gpt, gpt_tokenizer, [prompt])[0] for prompt in prompts] == expected
     assert len(set(expected)) > 1, "a model that says the same of everything shows nothing"
 
 
-def test_a_prompt_too_long_loses_its_beginning_and_the_model_is_not_asked_beyond_its_places(ready, gpt, gpt_tokenizer):
-    prompt = [3 + i % 20 for i in range(40)]  # the model knows 32 places
-    made = Completions("answers", 5).made(gpt.eval(), gpt_tokenizer, [prompt], 32)
-    assert made == [gpt_tokenizer.decode(by_hand(gpt, prompt[-27:], 5))]
-
-
 def test_an_empty_prompt_is_gone_on_from(gpt, gpt_tokenizer):
-    assert len(Completions("answers", 5).made(gpt.eval(), gpt_tokenizer, [[], [3, 4]], 16)) == 2
+    expected = [gpt_tokenizer.decode(by_hand(gpt, prompt, 5)) for prompt in ([0], [3, 4])]
+    assert Completions("answers", 5).made(gpt.eval(), gpt_tokenizer, [[], [3, 4]]) == expected
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_settings_of_generation_take_no_part_and_stay(adapted, gpt, gpt_tokenizer):
+    """Such as a penalty on repetition, which checkpoints for chat come with."""
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    expected = [gpt_tokenizer.decode(by_hand(gpt, prompt, 5)) for prompt in prompts]
+    own = {"repetition_penalty": 7.0, "min_new_tokens": 5, "do_sample": True, "num_return_sequences": 2}
+    gpt.generation_config.update(**own)
+    model = peft.get_peft_model(gpt, peft.LoraConfig(target_modules=["c_attn"])) if adapted else gpt
+    before = copy.deepcopy(gpt.generation_config)
+    assert Completions("answers", 5).made(model.eval(), gpt_tokenizer, prompts) == expected
+    assert gpt.generation_config.to_dict() == model.generation_config.to_dict() == before.to_dict()
+
+
+def asked_for(task, model, monkeypatch):
+    """The prompts that an evaluation of all validation rows asks the model to go on from."""
+    asked = []
+
+    def made(self, model, processor, prompts):
+        asked.extend(prompts)
+        return ["w1"] * len(prompts)
+
+    monkeypatch.setattr(Completions, "made", made)
+    task.evaluate(model, [task.collate([task.validation[i] for i in range(len(task.validation))])])
+    return asked
+
+
+def test_a_prompt_hangs_on_no_answer(ready, gpt, monkeypatch):
+    """A long answer takes room from its prompt in training; where an answer is asked for it may not show."""
+    long = ROWS | {"answers": [[" ".join(["w12"] * 20)], *ROWS["answers"][1:]]}
+    assert ready(long).validation[0]["context"] < ready().validation[0]["context"]
+    assert asked_for(ready(long), gpt, monkeypatch) == asked_for(ready(), gpt, monkeypatch)
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_keeps_its_start_token(ready, gpt, bos_tokenizer, monkeypatch):
+    rows = {"c": [" ".join(f"w{i}" for i in range(1, 25)), "w4"], "answers": [["w12"], ["w13"]]}
+    first, second = asked_for(ready(rows, tokenizer=bos_tokenizer), gpt, monkeypatch)
+    assert first == [0, *(3 + i for i in range(16, 25)), 3]  # 16 - 5 tokens: <s>, the last nine words, w0 of the template
+    assert second == [0, 7, 3]
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -90,7 +128,7 @@ def test_evaluate_holds_each_completion_against_the_references_of_its_own_row(re
     rows = [task.validation[i] for i in range(4)]
     prompts = {tuple(row["input_ids"][: row["context"]].tolist()): i for i, row in enumerate(rows)}
 
-    def made(self, model, processor, asked, max_length):
+    def made(self, model, processor, asked):
         return [answers[prompts[tuple(prompt)]] for prompt in asked]
 
     monkeypatch.setattr(Completions, "made", made)
@@ -118,7 +156,7 @@ def test_the_row_number_reaches_no_model(ready, gpt):
     assert torch.equal(task.losses(gpt, batch), task.losses(gpt, other))
 
 
-@pytest.mark.parametrize("new_tokens", [0, 16, 40])
+@pytest.mark.parametrize("new_tokens", [0, 16, 40, None, "5", 8.5, True])
 def test_room_for_prompt_and_completion(source, new_tokens):
-    with pytest.raises(UserError, match=f"max_new_tokens={new_tokens}, expected 1 to 15"):
+    with pytest.raises(UserError, match=f"max_new_tokens={new_tokens}, expected a whole number from 1 to 15"):
         PromptCompletion("qa", source, "{c}", "{answers}", 16, Completions("answers", new_tokens))

@@ -76,18 +76,23 @@ class FirstOrder(PrivateMethod):
 
     @property
     def contribution(self) -> str:
+        if type(self).query is not FirstOrder.query:
+            return super().contribution
         names = {"all": "as a whole", "layer": "layer by layer to shares C_l with sum of C_l^2 = C^2"}
-        how = (
-            f"a gradient, scaled {names[getattr(self.engine, 'groups', 'all')]} by {getattr(self.engine, 'clipping', FLAT)}"
-        )
+        function = getattr(self.engine, "clipping", FLAT)
+        by = getattr(function, "__qualname__", function)  # of a function, whose own words hold an address
+        how = f"a gradient, scaled {names[getattr(self.engine, 'groups', 'all')]} by {by} to a norm of at most"
         if self.adaptive is None:
-            return f"{how} to a norm of at most clip_norm"
-        return f"{how} to a norm of at most C_t, which follows their quantile {self.adaptive.quantile:g} by a noisy count"
+            return f"{how} clip_norm"
+        return (
+            f"{how} C_t, and 1/2 or -1/2 to a count, both accounted as one release; C_t follows quantile "
+            f"{self.adaptive.quantile:g} of the norms by that count with its noise"
+        )
 
     @property
     def public_metrics(self) -> dict[str, float]:
         """With `adaptive`, the clip norm of the last release."""
-        return {} if self.adaptive is None else {"clip_norm": self.clip_norm}
+        return {} if self.adaptive is None or not self.mechanism.plan.private else {"clip_norm": self.clip_norm}
 
     def parts(self, release: int) -> list[Part] | None:
         """None, or with `adaptive` the gradients, clipped to C_t, and the count."""

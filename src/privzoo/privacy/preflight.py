@@ -56,7 +56,7 @@ def check_engine(
     Args:
         engine: the engine in use.
         losses: micro-batch to losses (R,), on the model's device.
-        rows: encoded examples; the first four are used.
+        rows: encoded examples, the first four of which are used; the last of those is the longest.
     Raises:
         UserError: naming what differs.
     """
@@ -83,7 +83,7 @@ def check_losses(
 
     Args:
         losses: micro-batch to losses (R,), on the model's device.
-        rows: encoded examples; the first four are used.
+        rows: encoded examples, the first four of which are used; the last of those is the longest.
         allowed: how far a row's loss may differ between a batch and the row alone. Who divides differences of losses by a
             small number makes rounding large: one example's absence would move what the others contribute.
     Raises:
@@ -166,8 +166,14 @@ def _compare_with_rows_alone(
     finite = torch.isfinite(alone)
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
-    tolerance = TOLERANCE[torch.bfloat16] if torch.is_autocast_enabled(found.device.type) else _tolerance(model)
-    _compare("losses", found[finite], alone[finite], tolerance, way_out=", by a mean, by padding or through a module")
+    fine, coarse = _tolerances(model)
+    coarse = TOLERANCE[torch.bfloat16] if torch.is_autocast_enabled(found.device.type) else coarse
+    way_out = ", by a mean, by padding or through a module"
+    _compare("losses", found[finite], alone[finite], coarse, way_out=way_out)
+    for place, batch in _among_others(together, collate) if fine < coarse else ():
+        if finite[place]:
+            among = losses(batch)[place : place + 1]
+            _compare("losses", among, found[place : place + 1], fine, way_out=way_out)
     rounding = float((found - alone)[finite].abs().max())
     if rounding > allowed:
         raise UserError(
@@ -200,25 +206,65 @@ def _compare_with_loop(
     finite = torch.isfinite(norms)  # an example without a finite gradient contributes nothing: nothing to compare
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite gradient: check model and data, or take float32.")
-    tolerance = _tolerance(model)
-    _compare("losses", found.losses[finite], torch.cat([one.losses for one in alone])[finite], tolerance)
+    fine, coarse = _tolerances(model)
+    _compare("losses", found.losses[finite], torch.cat([one.losses for one in alone])[finite], coarse)
+    _compare_gradients(found, norms, sums, loop, clip_norm, coarse)
+    if fine < coarse:
+        sound = [row for row, good in zip(together, finite.tolist(), strict=True) if good]
+        _compare_at_one_shape(engine, loop, losses, sound, collate, clip_norm, fine)
+
+
+def _compare_at_one_shape(
+    engine: Callable[..., ClippedSums],
+    loop: Loop,
+    losses: Callable[[MicroBatch], Tensor],
+    rows: list[Any],
+    collate: Callable[[list[Any]], MicroBatch],
+    clip_norm: float,
+    tolerance: float,
+) -> None:
+    """Where the base rounds coarsely, rows of other lengths round otherwise, but the same shape rounds alike: so the engine
+    is held against the definition on the very same forward pass, and each row against itself among other rows."""
+    found = engine(lambda: losses(collate(rows)), clip_norm=clip_norm)
+    expected = loop(lambda: losses(collate(rows)), clip_norm=clip_norm)
+    _compare("losses", found.losses, expected.losses, tolerance)
+    _compare_gradients(found, expected.norms, expected.sums, loop, clip_norm, tolerance)
+    for place, batch in _among_others(rows, collate):
+        one = loop(lambda place=place, batch=batch: losses(batch)[place : place + 1], clip_norm=clip_norm)  # type: ignore[misc]
+        _compare("losses", one.losses, expected.losses[place : place + 1], tolerance)
+        _compare("gradient norms", one.norms, expected.norms[place : place + 1], tolerance)
+
+
+def _among_others(together: list[Any], collate: Callable[[list[Any]], MicroBatch]) -> Iterator[tuple[int, MicroBatch]]:
+    """Each row at its place, with copies of one row in all other places: the last one, which is the longest."""
+    for place, row in enumerate(together):
+        rows = [together[-1]] * len(together)
+        rows[place] = row
+        yield place, collate(rows)
+
+
+def _compare_gradients(
+    found: ClippedSums, norms: Tensor, sums: dict[str, Tensor], loop: Loop, clip_norm: float, tolerance: float
+) -> None:
+    finite = torch.isfinite(norms)
     _compare("gradient norms", found.norms[finite], norms[finite], tolerance)
-    contributions = float((norms * clipping(norms, clip_norm))[finite].sum())
+    contributions = float((norms * loop.clipping(norms, clip_norm))[finite].sum())
     largest = max(float(value.abs().max()) for value in sums.values())
     # By the tensor's own size, so that a wrong part with small gradients shows; but some are 0 but for rounding, which
     # group-wise clipping makes larger beside the rest, and rows that are alike with unlike labels cancel.
-    floor = max((1e-2 if groups == "all" else 1e-1) * largest, 1e-4 * contributions)
+    floor = max((1e-2 if loop.groups == "all" else 1e-1) * largest, 1e-4 * contributions)
     for name, expected in sums.items():
         scale = max(float(expected.abs().max()), floor)
         _compare(f"the clipped sum of {name}", found.sums[name], expected, tolerance, scale)
 
 
-def _tolerance(model: nn.Module) -> float:
-    """Of the coarsest format in which the model computes: a frozen base in bfloat16 rounds what trained float32 parts get,
-    and rows of other lengths round otherwise. A 4-bit layer stores no floats and names its format itself."""
+def _tolerances(model: nn.Module) -> tuple[float, float]:
+    """Of the trained parameters' format, and of the coarsest one in which the model computes: a frozen base in bfloat16
+    rounds what trained float32 parts get. A 4-bit layer stores no floats and names its format itself."""
+    fine = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]
     formats: set[Any] = {parameter.dtype for parameter in model.parameters()}
     formats |= {getattr(module, "compute_dtype", None) for module in model.modules()}
-    return max(TOLERANCE[known] for known in formats if known in TOLERANCE)
+    return fine, max(TOLERANCE[known] for known in formats if known in TOLERANCE)
 
 
 def _compare(

@@ -25,4 +25,4 @@ def markdown(table: Table) -> str:
 
 
 def _cell(content: object) -> str:
-    return " ".join(str(content).split()).replace("|", "\\|")
+    return " ".join(str(content).replace("-\n", "").split()).replace("|", "\\|")

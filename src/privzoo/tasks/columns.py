@@ -54,6 +54,14 @@ def bad_text(where: str, row: int, value: object, column: Column) -> UserError:
     )
 
 
+def bad_texts(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a cell that is no list of texts; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected a list of texts, or such a list named text in an "
+        f"object: correct the row or leave it out."
+    )
+
+
 def shown(value: object) -> str:
     """A value as a message shows it, at most 40 characters."""
     text = "null" if value is None else repr(value)
@@ -110,7 +118,8 @@ def _checked_text(
 def _checked_texts(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
     if pa.types.is_struct(array.type) and array.type.get_field_index("text") >= 0:
         array = pc.struct_field(array, "text")
-    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if not is_list or pa.types.is_nested(array.type.value_type):
         raise UserError(
             f"{where}: column {column.name!r} holds {array.type}, expected a list of texts a row, or a struct with one "
             f"named text: store the column so."

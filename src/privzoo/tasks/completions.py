@@ -1,23 +1,25 @@
 """What a causal language model makes of a prompt, and how good that is beside reference texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.text import squad
+from transformers import GenerationConfig
 
 from privzoo.errors import UserError
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Greedy completions, scored as SQuAD v1.1 scores answers (Rajpurkar et al. 2016).
+    """Greedy completions, scored as SQuAD v1.1 scores answers (Rajpurkar et al. 2016), by torchmetrics.
 
     exact_match is the share of completions that equal one of their references, f1 the mean of the best overlap of words
     with a reference, both in 0..1 and after the official normalisation: lower case, without punctuation, without the
-    articles a, an, the.
+    articles a, an, the. Where nothing is left of both, they are equal and f1 is 1.
 
     Args:
         references: name of the column of reference texts.
@@ -28,31 +30,37 @@ class Completions:
     references: str
     max_new_tokens: int
 
-    def check(self, max_length: int) -> None:
-        """Raises UserError where a row of `max_length` tokens has no room for a prompt and a completion."""
-        if not 1 <= self.max_new_tokens < max_length:
-            raise UserError(
-                f"task.completions.max_new_tokens={self.max_new_tokens}, expected 1 to {max_length - 1}, "
-                f"below task.max_length={max_length}: correct one of them."
-            )
+    def room(self, max_length: int) -> int:
+        """Tokens that are left for a prompt, at least 1.
 
-    def made(self, model: torch.nn.Module, processor, prompts: Sequence[list[int]], max_length: int) -> list[str]:
-        """The completion of each prompt, without special tokens and outer blanks.
-
-        A prompt that leaves too little of `max_length` loses its beginning. What others are in the batch changes nothing
-        but rounding.
+        Raises:
+            UserError: a row of `max_length` tokens has no room for a prompt and a completion.
         """
-        blank = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
-        # Without any token there is nothing to go on from: the blank then stands for a beginning.
-        kept = [prompt[-(max_length - self.max_new_tokens) :] or [blank] for prompt in prompts]
+        if type(self.max_new_tokens) is not int or not 1 <= self.max_new_tokens < max_length:
+            raise UserError(
+                f"task.completions.max_new_tokens={self.max_new_tokens}, expected a whole number from 1 to "
+                f"{max_length - 1}, below task.max_length={max_length}: correct one of them."
+            )
+        return max_length - self.max_new_tokens
+
+    def made(self, model: torch.nn.Module, processor, prompts: Sequence[list[int]]) -> list[str]:
+        """The completion of each prompt, the likeliest token after the other, without special tokens and outer blanks.
+
+        Nothing of the model's own generation settings takes part, and what others are in the batch changes nothing but
+        rounding. The model must take as many tokens as the longest prompt and `max_new_tokens` together have.
+        """
+        end = processor.eos_token_id
+        blank = processor.pad_token_id if processor.pad_token_id is not None else end
+        kept = [prompt or [blank] for prompt in prompts]  # without any token there is nothing to go on from
         longest = max(map(len, kept))
         device = next(model.parameters()).device
         ids = torch.tensor([[blank] * (longest - len(prompt)) + prompt for prompt in kept], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in kept], device=device)
-        made: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
-            pad_token_id=blank, eos_token_id=processor.eos_token_id,
-        )  # fmt: skip
+        greedy = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=blank, eos_token_id=end
+        )
+        with _settings(model, greedy):
+            made: Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
         return [text.strip() for text in processor.batch_decode(made[:, longest:], skip_special_tokens=True)]
 
     def scores(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -67,3 +75,18 @@ class Completions:
             true.append({"answers": {"text": list(texts), "answer_start": [0] * len(texts)}, "id": str(number)})
         found = squad(said, true)  # type: ignore[arg-type]  # its annotation forbids what its documentation shows
         return {name: found[name].item() / 100 for name in self.metrics}
+
+
+@contextmanager
+def _settings(model: torch.nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """Meanwhile the model generates by these settings alone: given to `generate`, they would be filled up with its own, such
+    as a penalty on repetition. An adapter's wrapper has a copy of its base's."""
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [module.generation_config for module in holders]
+    for module in holders:
+        module.generation_config = settings  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kept in zip(holders, own, strict=True):
+            module.generation_config = kept

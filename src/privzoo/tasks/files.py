@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column, bad_label, bad_text, first_true, require_columns
+from privzoo.tasks.columns import Column, bad_label, bad_text, bad_texts, first_true, require_columns
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
@@ -117,7 +117,7 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
     elif column.kind == "texts":
         texts = value.get("text") if isinstance(value, dict) else value
         if not isinstance(texts, list):
-            raise bad_text(where, row, value, column)
+            raise bad_texts(where, row, value, column)
         return [_checked_cell(text, replace(column, kind="text"), where, row) for text in texts]
     elif not isinstance(value, str) or (not value.isascii() and _has_lone_surrogate(value)):
         raise bad_text(where, row, value, column)
@@ -158,7 +158,8 @@ def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
     for index, column in enumerate(columns):
         if column.kind in ("image", "texts"):
             what = "images" if column.kind == "image" else "lists of texts"
-            raise UserError(f"{path}: CSV cannot hold {what} such as {column.name!r}: store them as Parquet.")
+            ways = "Parquet" if column.kind == "image" else "Parquet or JSON lines"
+            raise UserError(f"{path}: CSV cannot hold {what} such as {column.name!r}: store them as {ways}.")
         if column.kind == "label":
             table = table.set_column(index, column.name, _labels_of_csv(table[column.name], column, str(path)))
     return table

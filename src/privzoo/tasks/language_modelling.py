@@ -58,7 +58,7 @@ class PromptCompletion(Task):
         self.name, self.max_length = name, max_length
         self._completions = completions
         if completions is not None:
-            completions.check(max_length)
+            completions.room(max_length)
             self.metrics, self.higher_is_better = (*completions.metrics, *self.metrics), True
         self._data = data
         self._templates = {"prompt": prompt, "target": target}
@@ -85,6 +85,19 @@ class PromptCompletion(Task):
         self._pad_id = padding_id(processor)
         self._processor = processor
         self.train, self.validation = (self._encoded(processor, self._tables[s]) for s in ("train", "validation"))
+        if self._completions is not None:
+            self._prompts = self._encoded_prompts(processor, self._completions.room(self.max_length))
+
+    def _encoded_prompts(self, processor, room: int) -> EncodedRows:
+        """Validation prompts as a model is asked to go on from them: in `room` tokens, whatever their targets are."""
+        start = start_tokens(processor)
+        table = self._tables["validation"]
+        parts = (table.slice(first, ROWS_PER_TOKENIZER_CALL) for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL))
+        batches = (
+            {"input_ids": [shortened(start, prompt, room) for prompt in tokens(processor, self._parts["prompt"], part)]}
+            for part in parts
+        )
+        return EncodedRows.from_batches(batches, {})
 
     def _encoded(self, processor, table: pa.Table) -> EncodedRows:
         context: list[int] = []  # tokens before the target, of each row
@@ -92,16 +105,10 @@ class PromptCompletion(Task):
         return EncodedRows.from_batches(self._tokenised(processor, table, context), scalars)
 
     def _tokenised(self, processor, table: pa.Table, context: list[int]) -> Iterator[Mapping[str, list[list[int]]]]:
-        bos = [processor.bos_token_id]
-        start = bos if processor("").input_ids[:1] == bos else []
-        end = [processor.eos_token_id]
+        start, end = start_tokens(processor), [processor.eos_token_id]
         for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL):
             part = table.slice(first, ROWS_PER_TOKENIZER_CALL)
-            prompts, targets = (
-                # verbose=False: no warning about long rows, which are cut below
-                processor(filled(self._parts[role], part), add_special_tokens=False, verbose=False).input_ids
-                for role in ("prompt", "target")
-            )
+            prompts, targets = (tokens(processor, self._parts[role], part) for role in ("prompt", "target"))
             rows = [joined(start, p, t + end, self.max_length) for p, t in zip(prompts, targets, strict=True)]
             context.extend(before for _, before in rows)
             yield {"input_ids": [ids for ids, _ in rows]}
@@ -128,7 +135,7 @@ class PromptCompletion(Task):
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """perplexity = exp(total loss / number of target tokens) and the share of target tokens that are the model's
         first choice, both over all tokens of the split; loss, the mean over rows of what `losses` gives; before them the
-        scores of the completions, where they are asked for."""
+        scores of the completions, where they are asked for. The rows must be of the validation split."""
         rows, tokens, right, token_loss, row_loss = 0, 0, 0, 0.0, 0.0
         texts: dict[int, str] = {}
         with scoring(model):
@@ -141,8 +148,9 @@ class PromptCompletion(Task):
                 token_loss += token_losses.sum().item()
                 row_loss += (token_losses.sum(dim=1) / targets.clamp(min=1)).sum().item()
                 if self._completions is not None:
-                    made = self._completions.made(model, self._processor, _prompts(batch), self.max_length)
-                    texts |= dict(zip(batch["row"].tolist(), made, strict=True))
+                    numbers = batch["row"].tolist()
+                    prompts = [self._prompts[number]["input_ids"].tolist() for number in numbers]
+                    texts |= dict(zip(numbers, self._completions.made(model, self._processor, prompts), strict=True))
         assert rows, "evaluate was given no micro-batch"
         mean = torch.tensor(token_loss / max(tokens, 1), dtype=torch.float64)
         scores = {"perplexity": mean.exp().item(), "token_accuracy": right / max(tokens, 1), "loss": row_loss / rows}
@@ -193,9 +201,30 @@ def joined(start: list[int], prompt: list[int], target: list[int], max_length: i
     """
     first = (start + prompt)[:1]
     target = target[: max_length - len(first)]
-    room = max_length - len(target) - len(start)
-    context = start + prompt[-room:] if room > 0 else first
+    context = shortened(start, prompt, max_length - len(target))
     return context + target, len(context)
+
+
+def shortened(start: list[int], prompt: list[int], room: int) -> list[int]:
+    """The start token and as much of the prompt's end as `room` tokens have place for; where that is 1, one token alone.
+
+    >>> shortened([0], [1, 2, 3, 4], 3), shortened([0], [1, 2], 1), shortened([], [1, 2], 1)
+    ([0, 3, 4], [0], [2])
+    """
+    left = room - len(start)
+    return start + prompt[max(0, len(prompt) - left) :] if left > 0 else (start + prompt)[:1]
+
+
+def start_tokens(processor) -> list[int]:
+    """[start token] if the tokenizer begins texts with one, else []."""
+    bos = [processor.bos_token_id]
+    return bos if processor("").input_ids[:1] == bos else []
+
+
+def tokens(processor, parts: list[tuple[str, str | None]], table: pa.Table) -> list[list[int]]:
+    """Ids of each row's filled template, without special tokens."""
+    # verbose=False: no warning about long rows, which are cut
+    return processor(filled(parts, table), add_special_tokens=False, verbose=False).input_ids
 
 
 def _by_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,9 +236,3 @@ def _by_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
         logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=NO_LOSS
     ).view(labels.shape)
     return token_losses, labels != NO_LOSS, logits.argmax(dim=-1) == labels
-
-
-def _prompts(batch: dict[str, Tensor]) -> list[list[int]]:
-    """The tokens of each row before its target."""
-    is_prompt = (batch["labels"] == NO_LOSS) & batch["attention_mask"].bool()
-    return [ids[kept].tolist() for ids, kept in zip(batch["input_ids"], is_prompt, strict=True)]
