@@ -94,7 +94,11 @@ class PromptCompletion(Task):
         table = self._tables["validation"]
         parts = (table.slice(first, ROWS_PER_TOKENIZER_CALL) for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL))
         batches = (
-            {"input_ids": [shortened(start, prompt, room) for prompt in tokens(processor, self._parts["prompt"], part)]}
+            {
+                "input_ids": [
+                    shortened(start, prompt, room) for prompt in template_ids(processor, self._parts["prompt"], part)
+                ]
+            }
             for part in parts
         )
         return EncodedRows.from_batches(batches, {})
@@ -108,7 +112,7 @@ class PromptCompletion(Task):
         start, end = start_tokens(processor), [processor.eos_token_id]
         for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL):
             part = table.slice(first, ROWS_PER_TOKENIZER_CALL)
-            prompts, targets = (tokens(processor, self._parts[role], part) for role in ("prompt", "target"))
+            prompts, targets = (template_ids(processor, self._parts[role], part) for role in ("prompt", "target"))
             rows = [joined(start, p, t + end, self.max_length) for p, t in zip(prompts, targets, strict=True)]
             context.extend(before for _, before in rows)
             yield {"input_ids": [ids for ids, _ in rows]}
@@ -221,7 +225,7 @@ def start_tokens(processor) -> list[int]:
     return bos if processor("").input_ids[:1] == bos else []
 
 
-def tokens(processor, parts: list[tuple[str, str | None]], table: pa.Table) -> list[list[int]]:
+def template_ids(processor, parts: list[tuple[str, str | None]], table: pa.Table) -> list[list[int]]:
     """Ids of each row's filled template, without special tokens."""
     # verbose=False: no warning about long rows, which are cut
     return processor(filled(parts, table), add_special_tokens=False, verbose=False).input_ids
