@@ -1,4 +1,4 @@
-"""SQuAD as a user has it, in a folder of files: trained, answered in words, scored, and scored again from the saved model."""
+"""SQuAD as a user has it, in a folder of files: trained, answered in words, scored, and scored again from the folder."""
 
 import json
 
