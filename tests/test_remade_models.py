@@ -1,6 +1,7 @@
 """The committed tiny models are what the script makes. That takes a minute: `make check` does it."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,8 @@ def test_the_script_makes_the_committed_files(made: Path) -> None:
 def test_committed_model_knows_the_public_part(name: str, at_most: float) -> None:
     """Untrained ones score 5.4, 5.5 and 0.10."""
     assert public_loss(COMMITTED / name) < at_most
+
+
+def test_all_rows_are_those_that_the_committed_models_were_made_from() -> None:
+    rows = runpy.run_path(str(Path(__file__).with_name("test_toyworld.py")))
+    assert rows["everything"]() == rows["GOLDEN"]
