@@ -279,13 +279,12 @@ def test_wandb_without_a_server_goes_on_offline(tmp_path):
     printed = wandb_process(
         tmp_path,
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from privzoo.run_loggers import wandb_logger; wandb_logger.INIT_TIMEOUT_S = 2\n"  # waited for in full: 15 s else
         "began = time.monotonic(); run('plain', (1,)); print('seconds', time.monotonic() - began)\n",
         WANDB_API_KEY="a" * 40,
         WANDB_BASE_URL="http://127.0.0.1:9",
     )
     assert "going on offline" in printed
-    assert float(printed.split("seconds ")[1].split()[0]) < 7
+    assert float(printed.split("seconds ")[1].split()[0]) < 20
     assert len(segments(tmp_path / "plain")) == 1
 
 
