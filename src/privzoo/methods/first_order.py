@@ -76,6 +76,7 @@ class FirstOrder(PrivateMethod):
 
     @property
     def contribution(self) -> str:
+        """See `PrivateMethod.contribution`."""
         if type(self).query is not FirstOrder.query:
             return super().contribution
         names = {"all": "as a whole", "layer": "layer by layer to shares C_l with sum of C_l^2 = C^2"}

@@ -133,6 +133,7 @@ class ZerothOrder(PrivateMethod):
 
     @property
     def contribution(self) -> str:
+        """See `PrivateMethod.contribution`."""
         many = "the slope" if self.directions == 1 else f"the {self.directions} slopes, together,"
         return f"{many} of the loss along random directions, scaled down to an L{self._order} norm of at most clip_norm"
 
