@@ -25,3 +25,8 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, sentence: str, signal_number: int) -> None:
         super().__init__(sentence)
         self.signal_number = signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, without its full stop."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no details").rstrip(".:")[:200]

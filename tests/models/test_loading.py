@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
+from privzoo import hub
 from privzoo.errors import UserError
 from privzoo.models import loading
 from privzoo.models.loading import load
@@ -254,7 +255,7 @@ def test_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, never answers
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(loading, "_HUB_TIMEOUT", 0.5)
+        monkeypatch.setattr(hub, "TIMEOUT_S", 0.5)
         started = time.monotonic()
         assert_sentence(["'some/model'", "imeout"], "some/model", "causal_lm")
         assert time.monotonic() - started < 10

@@ -8,9 +8,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from privzoo import toyworld
+from privzoo import hub, toyworld
 from privzoo.errors import UserError
-from privzoo.tasks import data
 from privzoo.tasks.columns import Column
 from privzoo.tasks.data import HubData, ToyData
 
@@ -57,8 +56,8 @@ def test_unreachable_hub_names_the_data_set_the_reason_and_three_ways_out(sst2, 
 
 
 def test_a_hub_that_hangs_is_given_up(sst2, unreachable_hub, monkeypatch):
-    monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: time.sleep(60))
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: time.sleep(60))
     start = time.perf_counter()
     assert "no answer within" in message_of(lambda: sst2.load("train", COLUMNS, None))
     assert time.perf_counter() - start < 20
@@ -103,7 +102,7 @@ def test_the_hub_is_asked_for_name_config_and_split_and_its_rows_are_checked(sst
         assert datasets.are_progress_bars_disabled()
         return datasets.Dataset.from_dict(ROWS).select([1, 0])
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert sst2.load("train", COLUMNS, None)["label"].to_pylist() == [0, 1]  # the order of the selection
     assert not datasets.are_progress_bars_disabled()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 
 
 def make_optimizer(
@@ -32,7 +32,7 @@ def make_optimizer(
         optimizer = make(groups, lr=lr)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"The optimizer cannot be made ({str(error).splitlines()[0]}): correct method.optimizer or take another."
+            f"The optimizer cannot be made ({first_line(error)}): correct method.optimizer or take another."
         ) from error
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What the projections to query and value are called; the first of which a model has all. GPT-2, GPT-NeoX and BLOOM have one
@@ -52,7 +52,7 @@ def wrap(
             torch.manual_seed(seed)
             adapted = get_peft_model(model, tuner(**options))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"peft cannot adapt {type(model).__name__} so: {str(error).splitlines()[0]}") from None
+        raise UserError(f"peft cannot adapt {type(model).__name__} so: {first_line(error)}.") from None
     assert isinstance(adapted, PeftModel)
     return adapted, tuple(name for name, _ in adapted.named_parameters() if ".modules_to_save." in name)
 
@@ -111,7 +111,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"The adapter in {folder} does not fit the model: {first_line(error)}.") from error
 
 
 def merge(model: PreTrainedModel, folder: Path) -> nn.Module:

@@ -1,7 +1,7 @@
 """Loads a pretrained model with its tokenizer or image processor, and tells which weights the checkpoint lacked."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
+from privzoo.hub import why_not_to_be_had
 from privzoo.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig
 from privzoo.models.quantization import keep_quantized_weights, quantization_options
 
@@ -37,7 +38,6 @@ _AUTO_CLASSES = {
 # What transformers, safetensors and torch raise for files that are missing, cut short or not what their name says.
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _DROPOUT_NAMES = ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")
-_HUB_TIMEOUT = 5.0  # seconds; transformers itself would retry an unreachable hub for 23
 
 
 @dataclass
@@ -89,41 +89,25 @@ def load(
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
     """
-    auto_class, architectures = _known(kind, "kind", _AUTO_CLASSES)
-    float_type = _float_type(dtype)
+    _known(kind, "kind", _AUTO_CLASSES)
     if not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
     if pooling not in (None, "mean"):
         raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
-    in_4_bits = quantization_options(quantization)
+    storage = {"dtype": _float_type(dtype), **quantization_options(quantization)}
     source, cached_only = _locate(path)
     options = {"local_files_only": cached_only, "trust_remote_code": False}
     with _quiet_transformers(), _explained(path):
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        if isinstance(config, MeanPoolingConfig) and not isinstance(config.encoder, PretrainedConfig):
-            raise ValueError("its configuration holds no encoder")
-        _check_kind(path, config, kind, architectures)
-        pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
-        if pooled:
-            _check_can_be_pooled(path, config, kind)
+        config = _configuration(path, transformers.AutoConfig.from_pretrained(source, **options), kind, pooling)
         _set_dropout(config, dropout)
         if num_labels is not None and kind != "causal_lm":
             config.num_labels = num_labels
         processor = _processor(source, kind, config, options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, report = (transformers.AutoModel if pooled else auto_class).from_pretrained(
-                source,
-                config=config,
-                dtype=float_type,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **in_4_bits,
-                **options,
-            )
-            if in_4_bits and not keep_quantized_weights(model):
-                raise UserError(f"Model {path!r} has no linear layer to quantise: set model.quantization=null.")
-            new_head = _new_head(path, model, report, whole=not pooled)
+            pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
+            auto_class = transformers.AutoModel if pooled else _AUTO_CLASSES[kind][0]
+            model, new_head = _weights(path, auto_class, source, config=config, **storage, **options)
             if pooled:
                 model = MeanPoolingClassifier.around(model, config.num_labels)
                 new_head = ("classifier.weight", "classifier.bias")
@@ -132,10 +116,9 @@ def load(
     return LoadedModel(model.eval(), processor, new_head)
 
 
-def _known(value: str, name: str, choices: dict) -> tuple:
+def _known(value: str, name: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise UserError(f"Unknown {name}={value!r}: expected one of {', '.join(choices)}.")
-    return choices[value]
 
 
 def _float_type(dtype: str) -> torch.dtype:
@@ -167,7 +150,7 @@ def _locate(path: str) -> tuple[str, bool]:
         validate_repo_id(path)
     except HFValidationError:
         raise UserError(f"{path!r} is neither a folder here nor a possible hub name: check model.path.") from None
-    reason = _why_hub_fails(path)
+    reason = why_not_to_be_had(path, "model")
     if reason and not isinstance(try_to_load_from_cache(path, "config.json"), str):
         raise UserError(
             f"Model {path!r} is neither a folder here nor to be had from the Hugging Face hub ({reason}): give"
@@ -175,21 +158,6 @@ def _locate(path: str) -> tuple[str, bool]:
             " HF_HUB_OFFLINE=1."
         )
     return path, reason is not None
-
-
-def _why_hub_fails(name: str) -> str | None:
-    """One request to the hub; None if it knows the model, else the reason in a few words."""
-    try:
-        if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set and the cache does not hold it"
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except GatedRepoError:
-        return "it is gated: accept its terms there and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        return "no such model, or a private one"
-    except Exception as error:  # the hub's client changes its HTTP library, and with it the type, between versions
-        return f"{type(error).__name__}: {_one_line(error)}"
-    return None
 
 
 @contextmanager
@@ -201,14 +169,9 @@ def _explained(path: str) -> Iterator[None]:
         raise
     except _BAD_FILES as error:
         raise UserError(
-            f"Model {path!r} cannot be read ({type(error).__name__}: {_one_line(error)}): its files are damaged,"
+            f"Model {path!r} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged,"
             " incomplete or of another format; fetch it again or give another model.path."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
-    return first.rstrip(".:")[:200]
 
 
 @contextmanager
@@ -226,7 +189,26 @@ def _quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: dict) -> None:
+def _configuration(path: str, config: PretrainedConfig, kind: str, pooling: str | None) -> PretrainedConfig:
+    """The configuration that the checkpoint holds, once it is known to do what is asked of it."""
+    own = isinstance(config, MeanPoolingConfig)
+    if own and not isinstance(config.encoder, PretrainedConfig):
+        raise ValueError("its configuration holds no encoder")
+    _check_kind(path, config, kind, _AUTO_CLASSES[kind][1])
+    if pooling is not None and not own:
+        _check_can_be_pooled(path, config, kind)
+    return config
+
+
+def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a class of transformers, and the names of what its checkpoint lacked."""
+    model, report = auto_class.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    if "quantization_config" in options and not keep_quantized_weights(model):
+        raise UserError(f"Model {path!r} has no linear layer to quantise: set model.quantization=null.")
+    return model, _new_head(path, model, report, whole=auto_class is not transformers.AutoModel)
+
+
+def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: Iterable[str]) -> None:
     wanted = kind.replace("_", " ")
     own = isinstance(config, MeanPoolingConfig) and kind == "sequence_classification"
     if config.model_type not in architectures and not own:

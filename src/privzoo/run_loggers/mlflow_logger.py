@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 from privzoo.run_loggers.base import RunLogger, flatten, kept_id, require_listener, require_package
 
 
@@ -62,7 +62,7 @@ class MlflowLogger(RunLogger):
             else:
                 client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"logger=mlflow: {self._uri} refused ({reason}); check logger.mlflow.") from error
         self._client, self._run_id = client, run_id
         return client

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 from privzoo.run_loggers.base import RunLogger, kept_id, require_package
 
 INIT_TIMEOUT_S = 15  # an unreachable server costs this once, then the run goes on offline
@@ -92,7 +92,7 @@ class WandbLogger(RunLogger):
         except wandb.errors.Error as error:
             if mode != "online" or self._mode == "online":
                 raise UserError(f"logger=wandb failed ({error}); check logger.wandb or choose logger=csv.") from error
-            _log.warning("W&B cannot be reached (%s); going on offline.", str(error).splitlines()[0])
+            _log.warning("W&B cannot be reached (%s); going on offline.", first_line(error))
             wandb.teardown()  # its service holds on to the run id of the attempt
             return self._init("offline")
 
@@ -136,5 +136,5 @@ def _logged_in() -> bool:
             return wandb.login(prompt=False, verify=False)
         return wandb.api.api_key is not None  # before wandb 0.31
     except wandb.errors.Error as error:
-        _log.warning("W&B: the stored login is not usable (%s).", str(error).splitlines()[0])
+        _log.warning("W&B: the stored login is not usable (%s).", first_line(error))
         return False

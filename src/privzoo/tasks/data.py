@@ -5,7 +5,6 @@ checked, and it writes nothing into the data folder.
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from privzoo import toyworld
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
+from privzoo.hub import why_not_to_be_had
 from privzoo.tasks.columns import Column, checked_table, require_columns
 from privzoo.tasks.files import find_split, read_split
 
-HUB_TIMEOUT_S = 8.0
 TOYS = {"text": "text_rows", "lm": "lm_rows", "images": "image_rows"}  # the kind, and who makes its rows
 
 
@@ -71,7 +70,7 @@ class HubData:
     def _from_hub(self, split: str) -> pa.Table:
         import datasets  # takes two seconds, and most runs read files
 
-        unreachable = _why_unreachable(self.name)
+        unreachable = why_not_to_be_had(self.name, "dataset")
         try:
             with _quiet_datasets(offline=unreachable is not None):
                 rows = datasets.load_dataset(self.name, self.config, split=split)
@@ -79,38 +78,11 @@ class HubData:
             what = f"{self.name}, {self.config}" if self.config else self.name
             raise UserError(
                 f"the data set {what} came neither from the Hugging Face hub nor from its cache "
-                f"({unreachable or _first_line(error)}): name a folder that has {self.folder}/{split}.parquet, .jsonl "
+                f"({unreachable or first_line(error)}): name a folder that has {self.folder}/{split}.parquet, .jsonl "
                 f"or .csv by data_root= or PRIVZOO_DATA, give a network or a filled cache, or choose another task, "
                 f"such as task=toy_text."
             ) from error
         return rows.with_format("arrow")[:]
-
-
-def _why_unreachable(name: str) -> str | None:
-    """None if the hub answers for the data set, else the reason, after at most HUB_TIMEOUT_S seconds.
-
-    load_dataset itself tries six times over half a minute. The question is put from a thread, because the look-up of a
-    host name knows no time limit.
-    """
-    import huggingface_hub
-
-    reason = [f"no answer within {HUB_TIMEOUT_S:.0f} s"]
-
-    def ask() -> None:
-        try:
-            huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-            reason.clear()
-        except Exception as error:  # whatever it is, it becomes the message's reason
-            reason[:] = [_first_line(error)]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return reason[0] if reason else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
 
 
 @contextlib.contextmanager

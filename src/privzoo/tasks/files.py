@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 from privzoo.tasks.columns import Column, bad_label, bad_text, bad_texts, first_true, require_columns
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -65,7 +65,7 @@ def read_split(path: Path, columns: Sequence[Column]) -> pa.Table:
             raise UserError(f"{path} is empty (0 bytes), expected rows: fill it, or choose another data set.")
         return reader(path, columns)
     except (pa.ArrowException, OSError, csv.Error) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): fetch or write the file anew.") from error
 
 
