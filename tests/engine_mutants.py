@@ -359,7 +359,7 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "biases_trains_biases_and_head_and_nothing_else",)),
     ("the new head stays as drawn", "16", TRAINABLE_PY, "name in chosen or name in new_head", "name in chosen",
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),
-    ("the head's rate for everything", "24", BASE_PY, 'parts = [group["lr"] / self.lrs[0] for group in',
+    ("the head's rate for everything", "24", BASE_PY, 'parts = [group["lr"] / self.lr.highest[0] for group in',
      "parts = [self.head_lr_factor for group in", (FIRST_ORDER + "the_head_learns_at_a_rate_of_its_own",)),
     ("a head alone is trained without a word", "16", TRAINABLE_PY,
      'if not chosen - (set() if pattern == "head" else set(new_head)):', "if not chosen:",

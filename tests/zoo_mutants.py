@@ -10,7 +10,8 @@ TWO_PHASES = CONTRACT + "the_twin_is_ordinary_training[dp_bitfit_two_phase]"
 ZOO_MUTANTS = [
     ("the second phase trains what the first did", "16", BASE_PY, "self.start_phase(setting.phase)", "pass", (TWO_PHASES,)),
     ("moments outlive a phase", "24", BASE_PY, "self._optimizer().state.clear()", "pass", (TWO_PHASES,)),
-    ("one lr for all phases", "24", BASE_PY, "return self.lrs[setting.phase] *", "return self.lrs[0] *", (TWO_PHASES,)),
+    ("one lr for all phases", "24", "methods/schedule.py", "self.highest[setting.phase] *", "self.highest[0] *",
+     (TWO_PHASES,)),
     ("a resumed run is in the first phase", "35", BASE_PY, "        if start:\n", "        if False:\n",
      (RESUME + "two_phases_are_one_account_on_both_sides_of_the_boundary[within the second phase]",)),
     ("phases of any length", "24", CONFIG_PY, "or (left > 0) != (None in given) or left < 0", "",

@@ -63,7 +63,7 @@ class Curves(Callback):
         step = trainer.global_step
         speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
         assert isinstance(pl_module, PrivateMethod)
-        lr = pl_module.lr_at(step - 1)
+        lr = pl_module.lr.at(step - 1)
         values = {"lr": lr, "examples_per_s": speed, **pl_module.public_metrics, **pl_module.private_metrics}
         if self.plan.private:
             values["epsilon"] = self.epsilon_at(step)

@@ -173,7 +173,7 @@ def test_private_loss_is_the_mean_over_the_rows(make_run, plans):
 def test_learning_rate_by_hand(schedule, warmup, factors, make_run, plans):
     """Four releases; the fifth value is what is left after the last."""
     run = make_run(plans(batch_size=10, private=False), schedule=schedule, warmup=warmup)
-    assert [run.method.lr_at(release) / run.method.lrs[0] for release in range(5)] == pytest.approx(factors)
+    assert [run.method.lr.at(release) / run.method.lr.highest[0] for release in range(5)] == pytest.approx(factors)
 
 
 def test_learning_rate_that_the_optimizer_gets(make_run, plans):

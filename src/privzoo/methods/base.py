@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.optimizers import has_modes, make_optimizer
+from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
@@ -44,8 +45,7 @@ class PrivateMethod(LightningModule):
         new_head: names of freshly initialised parameters.
         optimizer: partial of a torch optimizer, completed with parameters and lr.
         lr: learning rate at its highest.
-        schedule: "linear" (to 0 at the last release) or "constant"; begins anew with each phase.
-        warmup: part of a phase's releases over which lr rises from 0.
+        schedule, warmup: how lr rises and falls, see `LearningRate`.
         head_lr_factor: the new head learns at so many times `lr`.
         adapter: partial that gives the model parameters of its own (peft), or None; see `privzoo.models.adapters`.
         phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None: none does. In
@@ -74,10 +74,6 @@ class PrivateMethod(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the trained part; on_load_checkpoint checks it
-        if schedule not in ("linear", "constant"):
-            raise UserError(f"Expected method.schedule={schedule} to be linear or constant.")
-        if not isinstance(warmup, (int, float)) or not 0 <= warmup < 1:
-            raise UserError(f"Expected 0 <= method.warmup={warmup} < 1.")
         if not isinstance(head_lr_factor, (int, float)) or not 0 < head_lr_factor < math.inf:
             raise UserError(f"Expected method.head_lr_factor={head_lr_factor} to be a number above 0.")
         if mechanism.plan.noise not in self.noises:
@@ -101,8 +97,8 @@ class PrivateMethod(LightningModule):
             average.follow(self.trainable)
         self.make_optimizer = optimizer
         self.made: torch.optim.Optimizer | None = None
-        self.lrs = [each.get("lr", lr) for each in phases]
-        self.schedule, self.warmup, self.head_lr_factor = schedule, warmup, head_lr_factor
+        self.lr = LearningRate(mechanism.plan, [each.get("lr", lr) for each in phases], schedule, warmup)
+        self.head_lr_factor = head_lr_factor
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.stop_requested = False
@@ -228,13 +224,13 @@ class PrivateMethod(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.new_optimizer()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr_at(release) / self.lrs[0])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda release: self.lr.at(release) / self.lr.highest[0])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of a fit."""
         phases = len(self.mechanism.plan.phases)
-        self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lrs[0], phases)
+        self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lr.highest[0], phases)
         if self.average is not None and has_modes(self.made):
             raise UserError(f"{type(self.made).__name__} averages the weights already: leave method.average=null.")
         return self.made
@@ -242,22 +238,9 @@ class PrivateMethod(LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         body = [parameter for name, parameter in self.trainable.items() if name not in self.new_head]
         head = [self.trainable[name] for name in self.new_head]
-        groups = [{"params": body, "lr": self.lrs[0]}, {"params": head, "lr": self.lrs[0] * self.head_lr_factor}]
+        lr = self.lr.highest[0]
+        groups = [{"params": body, "lr": lr}, {"params": head, "lr": lr * self.head_lr_factor}]
         return [group for group in groups if group["params"]]
-
-    def lr_at(self, release: int) -> float:
-        """Learning rate of a release; depends on its public index alone. 0 after the last one under "linear"."""
-        plan = self.mechanism.plan
-        if release >= plan.steps:
-            return 0.0 if self.schedule == "linear" else self.lrs[-1]
-        setting = plan.at(release)
-        return self.lrs[setting.phase] * self._part_of_lr(setting.index, setting.steps)
-
-    def _part_of_lr(self, index: int, steps: int) -> float:
-        rising = math.ceil(self.warmup * steps)
-        if index < rising:
-            return (index + 1) / (rising + 1)
-        return 1.0 if self.schedule == "constant" else (steps - index) / (steps - rising)
 
     # ---- Lightning
 
@@ -271,10 +254,10 @@ class PrivateMethod(LightningModule):
     def _take_over_lr(self) -> None:
         """A resumed run may have another lr; the optimizer's state brought the old one along."""
         schedule, optimizer = self.lr_schedulers(), self.optimizers()
-        parts = [group["lr"] / self.lrs[0] for group in self._parameter_groups()]
-        schedule.base_lrs = [self.lrs[0] * part for part in parts]  # type: ignore[union-attr]
+        parts = [group["lr"] / self.lr.highest[0] for group in self._parameter_groups()]
+        schedule.base_lrs = [self.lr.highest[0] * part for part in parts]  # type: ignore[union-attr]
         for group, part in zip(optimizer.param_groups, parts, strict=True):  # type: ignore[union-attr]
-            group["initial_lr"], group["lr"] = self.lrs[0] * part, self.lr_at(self.global_step) * part
+            group["initial_lr"], group["lr"] = self.lr.highest[0] * part, self.lr.at(self.global_step) * part
 
     def transfer_batch_to_device(self, batch: LogicalBatch, device: torch.device, dataloader_idx: int) -> LogicalBatch:
         return batch  # micro-batches move one at a time, in query

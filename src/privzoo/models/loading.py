@@ -24,7 +24,7 @@ from privzoo.models.quantization import keep_quantized_weights, quantization_opt
 
 EMBEDDED = ("tiny_encoder", "tiny_lm", "tiny_vit")
 _TINY_FOLDER = Path(__file__).parent / "tiny"
-_AUTO_CLASSES = {
+_AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the model types that it knows
     "sequence_classification": (
         transformers.AutoModelForSequenceClassification,
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -189,18 +189,18 @@ def _quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _configuration(path: str, config: PretrainedConfig, kind: str, pooling: str | None) -> PretrainedConfig:
+def _configuration(path: str, config: Any, kind: str, pooling: str | None) -> Any:
     """The configuration that the checkpoint holds, once it is known to do what is asked of it."""
     own = isinstance(config, MeanPoolingConfig)
     if own and not isinstance(config.encoder, PretrainedConfig):
         raise ValueError("its configuration holds no encoder")
-    _check_kind(path, config, kind, _AUTO_CLASSES[kind][1])
+    _check_kind(path, config, kind)
     if pooling is not None and not own:
         _check_can_be_pooled(path, config, kind)
     return config
 
 
-def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[Any, tuple[str, ...]]:
     """The model of a class of transformers, and the names of what its checkpoint lacked."""
     model, report = auto_class.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     if "quantization_config" in options and not keep_quantized_weights(model):
@@ -208,10 +208,10 @@ def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[n
     return model, _new_head(path, model, report, whole=auto_class is not transformers.AutoModel)
 
 
-def _check_kind(path: str, config: PretrainedConfig, kind: str, architectures: Iterable[str]) -> None:
+def _check_kind(path: str, config: PretrainedConfig, kind: str) -> None:
     wanted = kind.replace("_", " ")
     own = isinstance(config, MeanPoolingConfig) and kind == "sequence_classification"
-    if config.model_type not in architectures and not own:
+    if config.model_type not in _AUTO_CLASSES[kind][1] and not own:
         raise UserError(
             f"Model {path!r} is of type {config.model_type!r}, which cannot do {wanted}: choose another model= or"
             " model.path=, or another task=."
