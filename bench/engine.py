@@ -1,6 +1,6 @@
 """Time and memory of a private step beside an ordinary one: variants interleaved, correctness first, one process each.
 
-    python bench/engine.py [rounds=3] [only=<part of a row's name>,…] [variants=a,b] [out=bench/results/engine.md]
+    python bench/engine.py [rounds=3] [only=<part of a row's name>,…] [variants=a,b] [out=bench/results/engine-<date>.md]
 
 A step is forward, (clipped) gradient and fused AdamW, without noise, which is measured on its own below the table: a release
 of many micro-batches pays it once. Variants of a row run in turn, A B C A B C; each number is the median over rounds of the
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in argv)
     rounds, only = int(options.get("rounds", 3)), options.get("only", "").split(",")
     wanted = options.get("variants", ",".join(VARIANTS)).split(",")
-    out = Path(options.get("out", "bench/results/engine.md"))
+    out = Path(options.get("out", f"bench/results/engine-{date.today()}.md"))
     out.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     goals: list[str] = []

@@ -1,14 +1,15 @@
 """privzoo's whole training step (Lightning, loader, ledger, keyed noise, curves) beside the engine's bare step.
 
-    python bench/training_step.py [rounds=3] [steps=6] [method=dp_full] [out=bench/results/training_step.md]
+    python bench/training_step.py [rounds=3] [steps=6] [method=dp_full] [out=bench/results/training_step-<date>.md]
 
 Both train a BERT of MiniLM's size (6 layers, width 384) on toy_text, 512 rows a release, on the same Poisson draws. The bare
 step is collating, clipped sums, torch's own normal noise and fused AdamW. Runs take turns, a process each; the first release
-is left out on both sides.
+is left out on both sides. Memory is the largest resident set of each process, libraries included.
 """
 
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +48,7 @@ def composed(folder: Path, method: str, steps: int):
 
 
 def whole(folder: Path, method: str, steps: int) -> dict[str, float]:
-    """Seconds a step of a run as a user starts it, from one `on_train_batch_end` to the next."""
-
+    """Seconds a step of a run as a user starts it, from one update to the next, and what the process took at most."""
     from privzoo.methods.first_order import FirstOrder
     from privzoo.run import run
     from privzoo.run_folder import open_folder
@@ -62,24 +62,25 @@ def whole(folder: Path, method: str, steps: int) -> dict[str, float]:
 
     FirstOrder.update = timed  # type: ignore[method-assign]
     run(open_folder(composed(folder, method, steps)))
-    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
+    return measured(ends)
 
 
 def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
-    """Seconds a step of the same arithmetic in a plain loop."""
+    """The same of the same arithmetic in a plain loop."""
     from privzoo.composition import build
+    from privzoo.config import plan_arguments
     from privzoo.methods.trainable import select_trainable
     from privzoo.privacy.clipping import BookKeeping
+    from privzoo.privacy.plan import PrivacyPlan
     from privzoo.privacy.sampling import PoissonBatches, PoissonDraws
     from privzoo.privacy.streams import RunKey
-    from privzoo.run import make_plan
 
     cfg = composed(folder, method, steps)
     task = build(cfg.task)
     task.load(None)
     loaded = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=0)
     task.prepare(loaded.processor)
-    plan = make_plan(cfg, task.num_examples)
+    plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples))
     trainable = select_trainable(loaded.model, cfg.method.trainable, loaded.new_head)
     engine = BookKeeping(loaded.model)
     optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-5, fused=True)
@@ -96,19 +97,25 @@ def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ends.append(time.perf_counter())
-    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
+    return measured(ends)
 
 
-def asked(kind: str, folder: Path, method: str, steps: int) -> float:
+def measured(ends: list[float]) -> dict[str, float]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "bytes": peak}
+
+
+def asked(kind: str, folder: Path, method: str, steps: int) -> tuple[float, float]:
     command = [sys.executable, __file__, "worker", kind, str(folder), method, str(steps)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.strip().splitlines()[-1])["seconds"]
+    found = json.loads(out.strip().splitlines()[-1])
+    return found["seconds"], found["bytes"]
 
 
 def main(argv: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in argv)
     rounds, steps = int(options.get("rounds", 3)), int(options.get("steps", 6))
-    lines = ["| method | bare step | whole step / bare step |", "|---|---|---|"]
+    lines = ["| method | bare step | whole step / bare step | memory of the process |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         for method in options.get("method", "dp_full,dp_bitfit").split(","):
@@ -118,14 +125,15 @@ def main(argv: list[str]) -> int:
                 place.mkdir()
                 (place / "model").symlink_to(Path(folder) / "model")
                 pairs.append([asked(kind, place, method, steps) for kind in ("bare", "whole")])
-            ratio = statistics.median(w / b for b, w in pairs)
-            lines.append(f"| {method} | {statistics.median(b for b, _ in pairs):.2f} s | {ratio:.3f} |")
+            time_ratio, memory_ratio = (statistics.median(w[i] / b[i] for b, w in pairs) for i in (0, 1))
+            seconds = statistics.median(b[0] for b, _ in pairs)
+            lines.append(f"| {method} | {seconds:.2f} s | {time_ratio:.3f} | {memory_ratio:.3f} |")
             print(lines[-1], flush=True)
     head = (
         f"`python bench/training_step.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, "
         f"torch {version('torch')}, lightning {version('lightning')}, {rounds} rounds of {steps} releases of {BATCH} rows.\n"
     )
-    out = Path(options.get("out", "bench/results/training_step.md"))
+    out = Path(options.get("out", f"bench/results/training_step-{date.today()}.md"))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join([head, *lines]) + "\n")
     print(f"written to {out}")

@@ -6,6 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from privzoo.errors import RunLost
+from privzoo.models.loading import load
+from privzoo.run import save_model
 
 QUICK = ["trainer.accelerator=cpu", "trainer.progress=false", "epochs=0.1"]
 SST2 = ["task=sst2", "model=tiny_encoder", "task.max_length=64", "batch_size=4", "delta=1e-3"]
@@ -53,6 +58,9 @@ def refused(privzoo, tmp_path: Path, *argv: str) -> str:
         ("method.trainable=nothing_matches", "nothing_matches"),
         ("method.schedule=cosine", "cosine"),
         ("model.dropout=0.1", "model.dropout=0"),
+        ("model.dropout=some", "model.dropout"),
+        ("task.max_length=long", "task.max_length=long"),
+        ("trainer.accelerator=mps", "trainer.accelerator=mps is not to be had here"),
         ("privacy.noise_multiplier=1", "eps=null"),
     ],
 )
@@ -156,6 +164,18 @@ def test_a_full_disk_loses_nothing_that_was_written(privzoo_on_few_rows, small_d
     assert code == 0, output
     releases = [json.loads(line)["release"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert releases == list(range(len(releases)))
+
+
+def test_a_model_that_does_not_fit_on_the_disk(small_disk):
+    """safetensors reports a full disk by an error of its own; nothing half-written stays, and what was there stays."""
+    disk, _ = small_disk
+    loaded = load("tiny_encoder", "sequence_classification", num_labels=2)
+    (disk / "run" / "model").mkdir(parents=True)
+    config = BertConfig(vocab_size=5000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    sentence = r"model cannot be written \(.*No space left on device.*\): make room and go on with resume="
+    with pytest.raises(RunLost, match=sentence):
+        save_model(disk / "run" / "model", BertForSequenceClassification(config), loaded.processor)
+    assert [path.name for path in (disk / "run").iterdir()] == ["model"]
 
 
 def test_two_processes_in_one_run_folder(privzoo_on_few_rows, tmp_path):

@@ -53,7 +53,7 @@ def test_all_are_checked_before_one_is_calibrated(monkeypatch):
         rows("task=sst2", "eps=8,0")
 
 
-def test_data_are_read_only_where_the_yaml_does_not_say_how_many(tmp_path, monkeypatch):
+def test_data_at_hand_count_and_else_what_the_yaml_says(tmp_path, monkeypatch):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [sst2, _self_]\nname: mine\nnum_examples: null\n")
     (tmp_path / "data" / "sst2").mkdir(parents=True)
@@ -63,8 +63,14 @@ def test_data_are_read_only_where_the_yaml_does_not_say_how_many(tmp_path, monke
     monkeypatch.setenv("PRIVZOO_DATA", str(tmp_path / "data"))
     (row,) = rows("task=mine", "eps=inf", "batch_size=10", "epochs=2", config_dir=str(tmp_path))
     assert (row.task, row.N, row.steps) == ("mine", 30, 6)
-    monkeypatch.setattr(plan_command, "build", lambda node: pytest.fail("the data were read"))
+    read, build = [], plan_command.build
+    monkeypatch.setattr(plan_command, "build", lambda node: read.append(node) or build(node))
+    found = rows("task=sst2", "eps=inf", "batch_size=10", "seed=0,1,2")
+    assert {row.N for row in found} == {30}  # not the 67,349 of its yaml
+    assert len(read) == 1
+    monkeypatch.delenv("PRIVZOO_DATA")
     assert rows("task=sst2", "eps=inf")[0].N == 67_349
+    assert len(read) == 1
 
 
 def run_main(monkeypatch, capsys, *argv: str) -> tuple[int, str, str]:

@@ -35,7 +35,7 @@ def drive(clock, *, steps=100, start=0, until=None, seconds=1.0, epsilon=8.0, te
         return 8.0 * t / steps
 
     bar = Progress(
-        SimpleNamespace(steps=steps, batch_size=400, epsilon=epsilon),
+        SimpleNamespace(steps=steps, expected_examples=lambda count: 400 * count, epsilon=epsilon),
         epsilon_at,
         metric=options.get("metric"),
         console=Console(file=out, force_terminal=terminal, width=width, color_system=None, _environ={}),
@@ -173,7 +173,7 @@ def test_it_follows_a_trainer_through_a_fit_and_an_error(tmp_path):
 
     out = io.StringIO()
     bar = Progress(
-        SimpleNamespace(steps=10, batch_size=4, epsilon=math.inf),
+        SimpleNamespace(steps=10, expected_examples=lambda count: 4 * count, epsilon=math.inf),
         lambda t: math.inf,
         console=Console(file=out, force_terminal=True, width=100, color_system=None, _environ={}),
     )

@@ -144,6 +144,34 @@ def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model
     assert (record["epsilon_spent"] is None) is (eps == "inf")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("task=toy_images", "method=dp_lora", "trainer.precision=bf16-mixed"),
+        ("task=toy_text", "method=dp_head"),
+        ("task=toy_lm", "method=dp_qlora", "method.merge=true", "trainer.gradient_checkpointing=true"),
+        ("task=toy_images", "method=dpzero", "method.lora=true"),
+    ],
+    ids=lambda argv: " ".join(argv),
+)  # fmt: skip
+def test_the_other_methods_and_the_score_again(privzoo_on_few_rows, tmp_path, argv):
+    """`evaluate` on the saved model gives what the run gave, in the run's precision and on its 4-bit base."""
+    code, output = privzoo_on_few_rows(
+        *argv, "epochs=0.4", "batch_size=100", "microbatch_size=100", "trainer.accelerator=cpu", f"output_dir={tmp_path}"
+    )
+    assert code == 0, output
+    (run,) = tmp_path.iterdir()
+    record = read(run, "result.json")
+    assert record["state"] == "finished"
+    assert (run / "merged" / "config.json").exists() is ("method.merge=true" in argv)
+    metrics = {key.removeprefix("metric/"): value for key, value in record.items() if key.startswith("metric/")}
+    code, output = privzoo_on_few_rows(f"run={run}", module="privzoo.evaluate")
+    assert code == 0, output
+    for name, value in metrics.items():
+        row = next(line for line in output.splitlines() if name in line)
+        assert row.count(f"{value:.6g}") == 2, row
+
+
 def test_a_sweep_is_two_runs(privzoo_on_few_rows, tmp_path):
     code, output = privzoo_on_few_rows("-m", "eps=3,inf", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
     assert code == 0, output

@@ -1,7 +1,7 @@
 """Composing the configuration of a run out of conf/, and making objects of its nodes.
 
-Keys named `default_*` (a task's default_model, a method's default_lr), a task's num_examples, and a method's merge and
-add_bias are read by the configuration; `build` leaves them out when it makes an object of a node.
+Keys named `default_*` (a task's default_model, a method's default_lr), a task's num_examples, and a method's merge, add_bias
+and lora are read by the configuration; `build` leaves them out when it makes an object of a node.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from privzoo.errors import UserError
 
 HYDRA_VERSION_BASE = "1.3"
-_CONFIGURATION_ALONE = ("num_examples", "merge", "add_bias")
+_CONFIGURATION_ALONE = ("num_examples", "merge", "add_bias", "lora")
 
 
 def conf_dir() -> Path:

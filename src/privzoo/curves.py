@@ -61,7 +61,8 @@ class Curves(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        speed = (step - self.first) * self.plan.at(step - 1).batch_size / max(time.monotonic() - self.since, 1e-9)
+        drawn = self.plan.expected_examples(step) - self.plan.expected_examples(self.first)
+        speed = drawn / max(time.monotonic() - self.since, 1e-9)
         assert isinstance(pl_module, PrivateMethod)
         lr = pl_module.lr.at(step - 1)
         values = {"lr": lr, "examples_per_s": speed, **pl_module.public_metrics, **pl_module.private_metrics}

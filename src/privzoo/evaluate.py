@@ -31,15 +31,16 @@ def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, f
         raise UserError(f"Expected {folder} to hold a finished run, found state={record.state}: go on with resume={folder}.")
 
     import torch  # seconds: only when there is something to score
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from privzoo.composition import build
     from privzoo.models.adapters import ADAPTER_CONFIG, load_adapter
     from privzoo.models.loading import load
-    from privzoo.run import quiet_libraries, validation_batches
+    from privzoo.run import quiet_libraries, score
 
     quiet_libraries()
     cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
     task = build(cfg.task)
     task.load(data_root or cfg.data_root)
     if (folder / "model" / ADAPTER_CONFIG).exists():  # beside the base that the run began with
@@ -50,7 +51,7 @@ def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, f
         model = loaded.model
     task.prepare(loaded.processor)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-    metrics = task.evaluate(model.to(device), validation_batches(task, cfg.microbatch_size, device))
+    metrics = score(task, model.to(device), cfg, device)
     return {name: (value, record.metrics.get(name)) for name, value in metrics.items()}
 
 

@@ -1,7 +1,7 @@
 """`python -m privzoo.plan task=sst2 batch_size=1000 epochs=3 eps=1,3,8`: what runs would cost, without running them.
 
 Takes what `python -m privzoo.train` takes. Several values of a key (with or without -m) and grids become one table.
-Nothing is written; data are read only for a task whose yaml does not say num_examples.
+Nothing is written; data are read where data_root names them, or the task's yaml does not say num_examples.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +61,8 @@ def plan_rows(configs: Iterable[DictConfig]) -> list[Row]:
     configs = list(configs)
     for cfg in configs:
         validate(cfg)
-    numbers = [tuple(plan_arguments(cfg, _num_examples(cfg)).items()) for cfg in configs]
+    sizes: dict[str, int] = {}  # a grid has few data sets
+    numbers = [tuple(plan_arguments(cfg, _num_examples(cfg, sizes)).items()) for cfg in configs]
     # Methods and seeds share their plan: a grid costs as many calibrations as it has different numbers.
     different = list(dict.fromkeys(numbers))
     if len(different) == 1:
@@ -94,13 +95,16 @@ def _calibrate(arguments: tuple[tuple[str, Any], ...]) -> tuple[PrivacyPlan, flo
     return plan, plan.epsilon_after(plan.steps)
 
 
-def _num_examples(cfg: DictConfig) -> int:
+def _num_examples(cfg: DictConfig, known: dict[str, int]) -> int:
     stated = cfg.task.get("num_examples")
-    if stated is not None:
+    if stated is not None and cfg.data_root is None:
         return int(stated)
-    task = build(cfg.task)
-    task.load(cfg.data_root)
-    return int(task.num_examples)
+    name = f"{cfg.data_root} {OmegaConf.to_yaml(cfg.task, resolve=True)}"
+    if name not in known:
+        task = build(cfg.task)
+        task.load(cfg.data_root)
+        known[name] = int(task.num_examples)
+    return known[name]
 
 
 def _print(rows: Sequence[Row]) -> None:

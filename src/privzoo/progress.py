@@ -28,10 +28,9 @@ class Planned(Protocol):
     def steps(self) -> int: ...
 
     @property
-    def batch_size(self) -> int: ...
-
-    @property
     def epsilon(self) -> float | None: ...
+
+    def expected_examples(self, count: int) -> int: ...
 
 
 class Progress(Callback):
@@ -144,8 +143,9 @@ class Progress(Callback):
         made, taken = step - self._first, time.monotonic() - self._since
         if made == 0:
             return "", ""
+        drawn = self.plan.expected_examples(step) - self.plan.expected_examples(self._first)
         left = (self.plan.steps - step) * taken / made
-        return f"{duration(left)} left", f"{made * self.plan.batch_size / taken:,.0f} ex/s"
+        return f"{duration(left)} left", f"{drawn / taken:,.0f} ex/s"
 
     def _metric_text(self, trainer: Trainer) -> str:
         metrics = trainer.callback_metrics

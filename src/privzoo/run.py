@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
 from privzoo.composition import build
 from privzoo.config import plan_arguments
 from privzoo.curves import Curves, EpsilonCurve
-from privzoo.errors import Stopped
+from privzoo.errors import RunLost, Stopped, UserError, first_line
 from privzoo.files import write_json
 from privzoo.identity import digest_of_run, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
@@ -155,7 +157,7 @@ def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, s
         steps=steps,
         epsilon_spent=epsilon_spent(ledger.releases(), plan.delta) if record.private else None,
         wall_s=seconds,
-        examples_per_s=steps * plan.batch_size / seconds,
+        examples_per_s=plan.expected_examples(steps) / seconds,
         peak_memory_bytes=peak_memory_bytes(peak),
     )
 
@@ -183,13 +185,23 @@ def _finish(
 
 
 def save_model(path: Path, model: Any, processor: Any) -> None:
-    """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all."""
+    """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all.
+
+    Raises:
+        RunLost: if they cannot be written, for example to a full disk.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:  # of a full disk safetensors makes an error of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunLost(
+            f"{path} cannot be written ({first_line(error)}): make room and go on with resume={path.parent}."
+        ) from error
 
 
 def _save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
@@ -199,15 +211,17 @@ def _save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
 
 def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
     """The task's metrics of the model as it is, or of the average of its weights, on the validation split."""
-    batches = validation_batches(method.task, cfg.microbatch_size, device)
-    with (
-        method.published(),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"),
-    ):
-        return method.task.evaluate(method.model, batches)
+    with method.published():
+        return score(method.task, method.model, cfg, device)
 
 
-def validation_batches(task: Task, microbatch_size: int, device: torch.device) -> Iterator[MicroBatch]:
+def score(task: Task, model: Any, cfg: DictConfig, device: torch.device) -> dict[str, float]:
+    """The task's metrics of a model on the validation split, in the precision that the run trains in."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+        return task.evaluate(model, _validation_batches(task, cfg.microbatch_size, device))
+
+
+def _validation_batches(task: Task, microbatch_size: int, device: torch.device) -> Iterator[MicroBatch]:
     """The whole validation split in micro-batches of like length, on the device."""
     order = task.by_length(task.validation)
     for first in range(0, len(order), microbatch_size):
@@ -224,7 +238,12 @@ def _check_before(method: PrivateMethod) -> None:
 
 
 def _device(cfg: DictConfig) -> torch.device:
-    probe = Trainer(accelerator=cfg.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)
+    try:
+        probe = Trainer(accelerator=cfg.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)
+    except MisconfigurationException as error:
+        raise UserError(
+            f"trainer.accelerator={cfg.trainer.accelerator} is not to be had here ({first_line(error)}): take auto or cpu."
+        ) from None
     return probe.strategy.root_device
 
 

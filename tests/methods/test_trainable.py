@@ -29,6 +29,7 @@ BIASES = {"body.bias", "norm.bias", "attention.in_proj_bias", "attention.out_pro
     ("pattern", "expected"),
     [
         ("all", {name for name, _ in Small().named_parameters()}),
+        ("floats", {name for name, _ in Small().named_parameters()}),
         ("biases", BIASES | set(HEAD)),
         ("^body", {"body.weight", "body.bias", *HEAD}),
         (r"norm\.weight$", {"norm.weight", *HEAD}),
@@ -97,6 +98,8 @@ def test_a_quantised_base_is_not_trained_itself():
     model.bert.pooler.dense.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match=r"whole numbers of torch\.uint8: .*take method=dp_qlora"):
         select_trainable(model, "all", ())
+    names = {name for name, _ in model.named_parameters()}
+    assert set(select_trainable(model, "floats", ())) == names - {"bert.pooler.dense.weight"}
 
 
 def test_a_head_tied_to_the_body_is_refused():

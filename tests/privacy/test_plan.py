@@ -164,6 +164,7 @@ def test_phases_are_composed_in_one_account() -> None:
     assert plan.epsilon == epsilon_spent(parts, 1e-3)
     assert max(epsilon_spent([part], 1e-3, 1e-4) for part in parts) < plan.epsilon
     assert list(plan.releases(9)) == [parts[0], (Release(0.5, 9.0), 1)]
+    assert [plan.expected_examples(count) for count in (0, 8, 9, 10)] == [0, 40, 50, 60]
 
 
 def test_calibration_covers_all_phases() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from itertools import islice
 
 from torch import nn
 
@@ -13,15 +14,15 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
 
     Args:
         model: changed in place (`requires_grad`).
-        pattern: "all"; "biases" (every bias of the pretrained part, and the new head); "adapter" (what an adapter added,
-            and the new head); "head" (the new head alone; without one, what lies outside the pretrained body); else a
-            regular expression that is searched for in parameter names, with the new head always added.
+        pattern: "all"; "floats" (all but quantised weights, which cannot move); "biases" (every bias of the pretrained part,
+            and the new head); "adapter" (what an adapter added, and the new head); "head" (the new head alone; without one,
+            what lies outside the pretrained body); else a regular expression that is searched for in parameter names, with
+            the new head always added.
         new_head: names of freshly initialised parameters, which must learn whatever the method.
     Raises:
         UserError: if the choice is empty (for all but "head": empty but for the head) or holds quantised weights, or the
             pattern is no regular expression.
     """
-    names = [name for name, _ in model.named_parameters()]
     if pattern == "adapter":
         chosen = (
             {name for name, p in model.named_parameters() if p.requires_grad} if hasattr(model, "peft_config") else set()
@@ -29,15 +30,16 @@ def select_trainable(model: nn.Module, pattern: str, new_head: Collection[str]) 
     elif pattern == "head":
         chosen = set(new_head) or _outside_the_body(model)
     else:
-        chosen = {name for name in names if _matches(name, pattern)}
+        chosen = {name for name, p in model.named_parameters() if _matches(name, p, pattern)}
     if not chosen - (set() if pattern == "head" else set(new_head)):
-        way_out = _WAY_OUT.get(pattern, "parameter names are like " + ", ".join(names[:2]))
+        names = [name for name, _ in islice(model.named_parameters(), 2)]
+        way_out = _WAY_OUT.get(pattern, "parameter names are like " + ", ".join(names))
         raise UserError(f"trainable={pattern} chooses nothing of the pretrained {type(model).__name__}: {way_out}.")
     for name, parameter in model.named_parameters():
         if name in chosen and not parameter.is_floating_point():
             raise UserError(
                 f"trainable={pattern} chooses {name}, which holds whole numbers of {parameter.dtype}: a quantised base is "
-                "not trained itself; take method=dp_qlora, or model.quantization=null."
+                "not trained itself; take method=dp_qlora, or model.quantization=null; trainable=floats trains the rest."
             )
         parameter.requires_grad_(name in chosen or name in new_head)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -57,9 +59,9 @@ def _outside_the_body(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if not name.startswith(f"{body}.")}
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if pattern == "all":
-        return True
+def _matches(name: str, parameter: nn.Parameter, pattern: str) -> bool:
+    if pattern in ("all", "floats"):
+        return pattern == "all" or parameter.is_floating_point()
     if pattern == "biases":
         return name.rpartition(".")[2].endswith("bias")
     try:

@@ -90,7 +90,7 @@ def load(
             of another kind, an unreachable hub.
     """
     _known(kind, "kind", _AUTO_CLASSES)
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
     if pooling not in (None, "mean"):
         raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")

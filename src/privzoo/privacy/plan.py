@@ -155,6 +155,14 @@ class PrivacyPlan:
         """T, number of releases in all."""
         return sum(self.steps_of(phase) for phase in self.phases)
 
+    def expected_examples(self, count: int) -> int:
+        """Expected number of units in the first `count` releases together, each counted as often as it is drawn."""
+        drawn, left = 0, count
+        for phase in self.phases:
+            taken = min(left, self.steps_of(phase))
+            drawn, left = drawn + taken * phase.batch_size, left - taken
+        return drawn
+
     @property
     def sample_rate(self) -> float:
         """q = B / N of the first phase."""

@@ -36,7 +36,10 @@ def refuse_coupling_modules(model: nn.Module) -> None:
                 "replace it by GroupNorm or LayerNorm."
             )
         if isinstance(module, _DropoutNd) and module.p > 0:
-            raise UserError(f"{name} has dropout p={module.p:g}, expected 0 in this version: set model.dropout=0.")
+            raise UserError(
+                f"{name} has dropout p={module.p:g}, expected 0 in this version: set model.dropout=0, "
+                "and an adapter's own (method.adapter.tuner.lora_dropout) to 0."
+            )
 
 
 def check_engine(

@@ -143,8 +143,8 @@ def check_tokenizer(processor, task: str) -> None:
 
 def check_max_length(processor, max_length: int, at_least: int) -> None:
     """Raises UserError where `max_length` leaves no room for text, or is more than the model takes."""
-    if max_length < at_least:
-        raise UserError(f"task.max_length={max_length}, expected at least {at_least}: raise it.")
+    if type(max_length) is not int or max_length < at_least:
+        raise UserError(f"Expected task.max_length={max_length} to be a whole number of at least {at_least}.")
     if max_length > processor.model_max_length:
         raise UserError(
             f"task.max_length={max_length}, but the model takes at most {processor.model_max_length} tokens: "

@@ -1,0 +1,56 @@
+"""The benchmarks are run by hand and rarely: at least what they import must be there."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def imported(file: Path) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(BENCH.glob("*.py")), ids=lambda file: file.name)
+def test_what_a_benchmark_imports_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = imported(file)
+    assert names
+    for module, name in names:
+        there = importlib.import_module(module)
+        assert name is None or hasattr(there, name), f"{file.name} imports {name} from {module}, which has none"
+
+
+def test_the_synthetic_study_is_of_the_algorithms_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Algorithm 1 bounds vectors of length L d and noises each coordinate, Algorithm 2 numbers of size L and noises one."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    study = importlib.import_module("dpzero_synthetic")
+    monkeypatch.setattr(study, "EXAMPLES", 50)
+    w = np.array([0.3, -0.2, 0.1])
+
+    def released(release, sigma=0.0):
+        return release(study.Median(3, seed=1), w, sigma)
+
+    fresh = study.Median(3, seed=1)
+    u = fresh.generator.standard_normal(3)
+    slopes = fresh.slopes(w, u)
+    np.testing.assert_allclose(released(study.dpzero), np.clip(slopes, -study.SCALE, study.SCALE).sum() * u)
+    vectors, longest = slopes[:, None] * u, study.SCALE * 3
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert (lengths > longest).any()
+    np.testing.assert_allclose(released(study.dpgd_0th), (vectors * np.minimum(1, longest / lengths)).sum(0))
+    noise = released(study.dpzero, 2.0) - released(study.dpzero)
+    np.testing.assert_allclose(noise / u, noise[0] / u[0])  # on one number
+    noise = released(study.dpgd_0th, 2.0) - released(study.dpgd_0th)
+    assert np.ptp(noise / u) > 1  # on every coordinate
+    numeric = [(fresh.losses(w + 1e-6 * e).sum() - fresh.losses(w - 1e-6 * e).sum()) / 2e-6 for e in np.eye(3)]
+    np.testing.assert_allclose(fresh.clipped_gradients(w), numeric, rtol=1e-5)
