@@ -19,8 +19,8 @@ LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_t
         "opacus_hooks", "grouped",
     )
 )  # fmt: skip
-PREFLIGHT_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
-    "privacy/preflight.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
+PREFLIGHT_PY, COUPLING_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
+    "privacy/preflight.py", "privacy/coupling.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
 )  # fmt: skip
 
 ADD_CLIPPED = "book.add_clipped(sums, self.clipping(norms, clip_norm))"
@@ -274,14 +274,30 @@ PEER_MUTANTS = [
 ]  # fmt: skip
 
 PREFLIGHT_MUTANTS = [
-    ("batch norm let through", "12", PREFLIGHT_PY, "isinstance(module, _BatchNorm) or", "False or",
+    ("rows are turned by the longest of them", "12", COUPLING_PY, "if longest is None or longest > limit:", "if False:",
+     (PREFLIGHT + "positions_that_change_with_the_longest_row",)),
+    ("an unknown length is short enough", "12", COUPLING_PY, "longest is None or longest > limit",
+     "longest and longest > limit", (PREFLIGHT + "positions_that_change_with_the_longest_row",)),
+    ("sparse attention let through", "12", COUPLING_PY, '== "block_sparse"', '== "sparse"',
+     (PREFLIGHT + "attention_that_changes_with_the_batch",)),
+    ("weights may change in place", "12", PREFLIGHT_PY, "if parameter._version != version:", "if False:",
+     (PREFLIGHT + "weights_that_change_with_the_rows",)),
+    ("buffers may change behind the pre-flight", "12", BASE_PY, "[*rest, *self.model.named_buffers()]", "rest",
+     ("tests/methods/test_contract.py::test_a_frozen_weight_or_buffer_that_moves_is_noticed",)),
+    ("a row may have two losses", "5", BASE_PY, "if rows is not None and losses.shape != (rows,):", "if False:",
+     (FIRST_ORDER + "a_row_has_one_loss",)),
+    ("rows of a draw are not counted", "5", "privacy/sampling.py", "DrawnRows(self.collate(part), len(part))",
+     "self.collate(part)", (FIRST_ORDER + "a_row_has_one_loss",)),
+    ("the pre-flight's rows are the first ones", "7", "run.py", "by_length = task.by_length(task.train)",
+     "by_length = task.by_length(task.train[:64])", (PREFLIGHT + "a_long_row_far_behind_is_looked_at",)),
+    ("batch norm let through", "12", COUPLING_PY, "isinstance(module, _BatchNorm) or", "False or",
      (PREFLIGHT + "modules_that_mix_examples",)),
-    ("frozen batch norm let through", "12", PREFLIGHT_PY, "isinstance(module, _BatchNorm) or",
+    ("frozen batch norm let through", "12", COUPLING_PY, "isinstance(module, _BatchNorm) or",
      "(isinstance(module, _BatchNorm) and any(p.requires_grad for p in module.parameters())) or",
      (PREFLIGHT + "modules_that_mix_examples[frozen batch norm]",)),
-    ("instance norm with statistics let through", "12", PREFLIGHT_PY, "module.track_running_stats", "False",
+    ("instance norm with statistics let through", "12", COUPLING_PY, "module.track_running_stats", "False",
      (PREFLIGHT + "modules_that_mix_examples[instance norm with statistics]",)),
-    ("only plain dropout refused", "28", PREFLIGHT_PY, "isinstance(module, _DropoutNd)", "isinstance(module, nn.Dropout)",
+    ("only plain dropout refused", "28", COUPLING_PY, "isinstance(module, _DropoutNd)", "isinstance(module, nn.Dropout)",
      (PREFLIGHT + "dropout[Dropout2d]",)),
     ("gates stay shut in the pre-flight", "33", PREFLIGHT_PY, "with _sound(model), _gates_open(model):",
      "with _sound(model):",

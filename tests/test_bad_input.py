@@ -17,8 +17,8 @@ SST2 = ["task=sst2", "model=tiny_encoder", "task.max_length=64", "batch_size=4",
 
 
 def write_data(folder: Path, train: list[dict] | str | None = None, validation: list[dict] | None = None) -> Path:
-    good = [{"sentence": f"a good film number {i}", "label": i % 2} for i in range(40)]
     for split, rows in (("train", train), ("validation", validation)):
+        good = [{"sentence": f"a good film number {i} to {split}", "label": i % 2} for i in range(40)]
         rows = good if rows is None else rows
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "sst2").mkdir(exist_ok=True)
@@ -91,6 +91,14 @@ def test_a_missing_split_is_never_invented(privzoo, tmp_path):
     folder = write_data(tmp_path)
     (folder / "sst2" / "validation.jsonl").unlink()
     assert "validation" in refused(privzoo, tmp_path, *QUICK, *SST2, f"data_root={folder}")
+
+
+def test_training_rows_are_not_validation_rows(privzoo, tmp_path):
+    """PRIVACY 22: their scores would be published without noise."""
+    folder = write_data(tmp_path)
+    (folder / "sst2" / "validation.jsonl").unlink()
+    (folder / "sst2" / "validation.jsonl").symlink_to(folder / "sst2" / "train.jsonl")
+    assert "are the same 40 rows" in refused(privzoo, tmp_path, *QUICK, *SST2, f"data_root={folder}")
 
 
 def test_good_data_of_the_user_train(privzoo, tmp_path):

@@ -57,8 +57,8 @@ def test_data_at_hand_count_and_else_what_the_yaml_says(tmp_path, monkeypatch):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [sst2, _self_]\nname: mine\nnum_examples: null\n")
     (tmp_path / "data" / "sst2").mkdir(parents=True)
-    lines = "".join(f'{{"sentence": "text {i}", "label": {i % 2}}}\n' for i in range(30))
     for split in ("train", "validation"):
+        lines = "".join(f'{{"sentence": "{split} {i}", "label": {i % 2}}}\n' for i in range(30))
         (tmp_path / "data" / "sst2" / f"{split}.jsonl").write_text(lines)
     monkeypatch.setenv("PRIVZOO_DATA", str(tmp_path / "data"))
     (row,) = rows("task=mine", "eps=inf", "batch_size=10", "epochs=2", config_dir=str(tmp_path))

@@ -150,7 +150,7 @@ def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model
         ("task=toy_images", "method=dp_lora", "trainer.precision=bf16-mixed"),
         ("task=toy_text", "method=dp_head"),
         ("task=toy_lm", "method=dp_qlora", "method.merge=true", "trainer.gradient_checkpointing=true"),
-        ("task=toy_images", "method=dpzero", "method.lora=true"),
+        ("task=toy_text", "method=dpzero", "model.quantization=nf4", "method.smoothing=0.1", "clip_norm=50"),
     ],
     ids=lambda argv: " ".join(argv),
 )  # fmt: skip

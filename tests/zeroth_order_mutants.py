@@ -12,6 +12,7 @@ FACTORS = "clip_factors(torch.linalg.vector_norm(slopes, ord=order, dim=1), clip
 NAME = 'f"{self.number} {self._names[id(parameter)]}"'
 STREAM = 'self.key.stream("direction", self.release, self.digest, name, block)'
 BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n"
+NOTHING = "return {'directions': torch.zeros(self.directions)}"
 LOSSES_OF_BATCH = "        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]\n"
 
 QUERY_MUTANTS = [
@@ -41,8 +42,9 @@ QUERY_MUTANTS = [
      (WHOLE,)),
     ("a step along other directions", "5", ZEROTH_PY, "zip(self._directions(setting.number)",
      "zip(self._directions(setting.number + 1)", (WHOLE, ZEROTH + "without_privacy_it_is_mezo")),
-    ("an empty draw has one number", "19", ZEROTH_PY, "torch.zeros(self.directions, dtype", "torch.zeros(1, dtype",
-     (ZEROTH + "an_empty_draw_releases_noise",)),
+    ("an empty draw leaves the weights unrounded", "19", ZEROTH_PY, "        both = torch.stack(",
+     f"        if not batch.micro_batches:\n            {NOTHING}\n        both = torch.stack(",
+     (WEIGHTS + "an_empty_draw_rounds_weights_as_any_other",)),
     ("half the noise on slopes", "6", "privacy/noise.py", "scale = setting.noise_multiplier",
      "scale = 0.5 * setting.noise_multiplier", (NEIGHBOURS, ZEROTH + "k_numbers_are_one_gaussian_event")),
     ("noise on a copy of the slopes", "6", "methods/base.py", "self.mechanism.release(sums, batch",
@@ -58,10 +60,10 @@ QUERY_MUTANTS = [
      (WEIGHTS + "float32_weights_come_back_to_within_rounding",)),
     ("what rests is moved", "16", ZEROTH_PY, "number, self.active)", "number, self.trainable)",
      (WEIGHTS + "a_direction_runs_along_the_phase_alone",)),
-    ("no pre-flight of losses", "7", ZEROTH_PY, "check_losses(self.model, losses, self._rows, self.task.collate, 0.01",
-     "max(0.0, 0.01",
+    ("no pre-flight of losses", "7", ZEROTH_PY, "check_losses(self.model, losses, self._rows, self.task.collate, allowed)",
+     "pass",
      (WEIGHTS + "preflight_looks_at_losses",)),
-    ("slopes may round as they will", "27", ZEROTH_PY, "0.01 * clip_norm * self.smoothing", "math.inf",
+    ("slopes may round as they will", "27", ZEROTH_PY, "self.task.collate, allowed)", "self.task.collate)",
      (WEIGHTS + "preflight_knows_what_rounding_does_to_slopes",)),
     ("rounding under autocast unseen", "27", ZEROTH_PY,
      "self._rows and torch.is_autocast_enabled(self.device.type)", "False",

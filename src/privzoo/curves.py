@@ -65,7 +65,8 @@ class Curves(Callback):
         speed = drawn / max(time.monotonic() - self.since, 1e-9)
         assert isinstance(pl_module, PrivateMethod)
         lr = pl_module.lr.at(step - 1)
-        values = {"lr": lr, "examples_per_s": speed, **pl_module.public_metrics, **pl_module.private_metrics}
+        # Two digits: a release's own time would tell how many rows were drawn.
+        values = {"lr": lr, "examples_per_s": float(f"{speed:.2g}"), **pl_module.public_metrics, **pl_module.private_metrics}
         if self.plan.private:
             values["epsilon"] = self.epsilon_at(step)
         for logger in trainer.loggers:

@@ -4,6 +4,9 @@ import hashlib
 import inspect
 import math
 import pkgutil
+import sys
+import sysconfig
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +76,7 @@ def _facts(cfg: DictConfig, task: Task, loaded: LoadedModel, device: torch.devic
         "initial weights": fingerprint(loaded.model.state_dict().items()),
         "model": getattr(loaded.model, "config", None),
         "processor": _processor(loaded.processor),
-        "code": [_code(), *_foreign_code(content)],
+        "code": [_code(), *sorted(_digest_of_file(file) for file in _foreign_files(content))],
         "versions": {name: version(name) for name in ("tokenizers", "pillow", "pyarrow", "safetensors")} | versions(),
         "world size": 1,
         "device": device.type,
@@ -88,18 +91,43 @@ def _processor(processor: object) -> list[str]:
     return [repr(processor), backend.to_str() if backend is not None else ""]
 
 
-def _foreign_code(content: Any) -> list[str]:
-    """Digests of the files behind every `_target_` outside privzoo, so that an edit of a user's own class counts."""
+def _foreign_files(content: Any) -> set[Path]:
+    """The user's own code: what lies behind a `_target_` outside privzoo and torch, the Python files beside it, and every
+    imported module that is not installed. An edit of any of them is another digest."""
+    targets = {_file_of(target) for target in _targets(content) if not target.startswith(("privzoo.", "torch."))}
+    named = {file for file in targets if file is not None}
+    beside = {sibling for file in named if not _is_installed(file) for sibling in file.parent.glob("*.py")}
+    modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name != "__main__"}
+    imported = {Path(file) for file in modules.values() if file is not None}
+    return named | beside | {file for file in imported if not _is_installed(file) and file.is_file()}
+
+
+def _targets(content: Any) -> Iterator[str]:
+    """Every `_target_` in a configuration."""
     if isinstance(content, list):
-        return [digest for item in content for digest in _foreign_code(item)]
-    if not isinstance(content, dict):
-        return []
-    found = _foreign_code(list(content.values()))
-    target = content.get("_target_")
-    if isinstance(target, str) and not target.startswith(("privzoo.", "torch.")):
-        file = inspect.getsourcefile(_imported(target))
-        found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else target)
-    return found
+        for item in content:
+            yield from _targets(item)
+    elif isinstance(content, dict):
+        yield from _targets(list(content.values()))
+        if isinstance(content.get("_target_"), str):
+            yield content["_target_"]
+
+
+def _file_of(target: str) -> Path | None:
+    file = inspect.getsourcefile(_imported(target))
+    return Path(file) if file else None
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file is of privzoo, of an installed package or of Python itself: those have versions."""
+    if {"site-packages", "dist-packages"} & set(file.parts):
+        return True
+    python = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    return any(file.is_relative_to(root) for root in (Path(__file__).parent, *python))
+
+
+def _digest_of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _imported(target: str) -> Any:

@@ -29,10 +29,10 @@ from privzoo.models.loading import LoadedModel
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
+from privzoo.privacy.coupling import refuse_coupling_modules
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.preflight import refuse_coupling_modules
 from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
 from privzoo.progress import Progress
@@ -40,6 +40,7 @@ from privzoo.results import RunRecord, peak_memory_bytes, write_record
 from privzoo.run_folder import RunFolder
 from privzoo.run_loggers import RunLogger, build_loggers
 from privzoo.tasks.base import Task
+from privzoo.tasks.splits import refuse_same_rows
 
 
 def run(folder: RunFolder) -> RunRecord:
@@ -57,6 +58,7 @@ def run(folder: RunFolder) -> RunRecord:
     plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples))
     loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
     task.prepare(loaded.processor)
+    refuse_same_rows(task.train, task.validation)
     if not folder.is_new:
         return _train(folder, task, plan, loaded)
     seed = cfg.privacy.noise_seed
@@ -231,10 +233,10 @@ def _validation_batches(task: Task, microbatch_size: int, device: torch.device) 
 
 def _check_before(method: PrivateMethod) -> None:
     task = method.task
-    refuse_coupling_modules(method.model)
-    by_length = sorted(range(min(64, len(task.train))), key=lambda i: task.length(task.train[i]))
+    refuse_coupling_modules(method.model, getattr(task, "max_length", None))
+    by_length = task.by_length(task.train)
     places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
-    method.preflight([task.train[i] for i in sorted({by_length[place] for place in places})])
+    method.preflight([task.train[by_length[place]] for place in sorted(set(places))])
 
 
 def _device(cfg: DictConfig) -> torch.device:

@@ -216,10 +216,16 @@ def test_the_twin_is_ordinary_training(method, bases):
         assert not torch.equal(parameter, weights[name])
 
 
-def test_a_frozen_weight_that_moves_is_noticed(bases):
+def test_a_frozen_weight_or_buffer_that_moves_is_noticed(bases):
     """PRIVACY line 26: a run compares this before its first release and after its last one."""
     private = make("dp_qlora", "opt", bases("opt")).method
     before = private.fingerprint_of_the_rest()
     (base, *_) = (p for n, p in private.model.named_parameters() if p.dtype == torch.uint8)
     base.data.view(-1)[0] ^= 1
+    assert private.fingerprint_of_the_rest() != before
+    base.data.view(-1)[0] ^= 1
+    assert private.fingerprint_of_the_rest() == before
+    private.model.register_buffer("longest", torch.zeros(1), persistent=False)
+    before = private.fingerprint_of_the_rest()
+    private.model.longest += 1
     assert private.fingerprint_of_the_rest() != before

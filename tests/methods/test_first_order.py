@@ -269,6 +269,16 @@ def test_a_stop_comes_between_micro_batches_and_before_noise(make_run, plans):
     assert all(torch.equal(p, before[name]) for name, p in run.method.trainable.items())
 
 
+def test_a_row_has_one_loss(make_run, plans):
+    """PRIVACY line 5: a task that makes two windows of a row and forgets to say so would clip each on its own; counted in
+    every release, as long rows may be rare."""
+    run = make_run(plans())
+    collate = run.method.task.collate
+    run.batches.collate = lambda rows: collate([*rows, rows[0]])
+    with pytest.raises(UserError, match=r"Expected a loss for each of (\d+) rows, found shape \(\d+,\)"):
+        run.method.query(run.batches[0])
+
+
 def test_units_of_several_rows_are_refused(make_run, plans):
     """PRIVACY line 37: rows are drawn one by one, so a unit of two could move the sum by more than C."""
     run = make_run(plans())

@@ -292,11 +292,10 @@ def test_directions_of_a_run(make_walk, plans):
 
 
 def test_an_empty_draw_releases_noise(make_walk, plans):
-    """PRIVACY line 19: zeros from the query, a noise draw, a step along u; no weight is moved in between."""
+    """PRIVACY line 19: zeros from the query, a noise draw, a step along u."""
     plan = plans(batch_size=1, epochs=0.025)
     seed = next(s for s in range(100) if len(make_walk(plan, seed=s).draws(0)) == 0)
     run = make_walk(plan, seed=seed, directions=2)
-    run.method.walker.displace = None  # not called
     before = {name: p.detach().clone() for name, p in run.method.trainable.items()}
     assert torch.equal(run.method.query(run.batches[0])["directions"], torch.zeros(2, dtype=torch.float64))
     trainer = run.fit()

@@ -49,6 +49,19 @@ def test_float32_weights_come_back_to_within_rounding(make_walk, plans):
     assert 0 < drift[0] <= drift[-1] <= 6e-8
 
 
+def test_an_empty_draw_rounds_weights_as_any_other(make_walk, plans):
+    """PRIVACY line 19: float32 weights that had not gone there and back would tell exactly which draws were empty."""
+    after = []
+    for number in (0, 2):
+        run = make_walk(plans(), direction_kind="rademacher", directions=2)
+        run.method.model.float()
+        before = {name: p.detach().clone() for name, p in run.method.trainable.items()}
+        run.method.query(batch_of(run, run.batches.rows[:number]) if number else LogicalBatch(0, ()))
+        assert any(not torch.equal(p, before[name]) for name, p in run.method.trainable.items())
+        after.append({name: p.detach().clone() for name, p in run.method.trainable.items()})
+    assert all(torch.equal(value, after[1][name]) for name, value in after[0].items())
+
+
 def test_bfloat16_weights_come_back_bit_by_bit(make_walk, plans):
     """PRIVACY line 32, with the update of a release on a float32 copy that is exact to a millionth."""
     run = make_walk(plans(epochs=0.2), lr=1e-6)
@@ -216,7 +229,8 @@ def test_preflight_looks_at_losses(make_walk, plans):
 
 
 def test_preflight_knows_what_rounding_does_to_slopes(make_walk, plans):
-    """A loss that is off by 1e-5 beside others moves a slope by 0.01 at lambda = 1e-3: too much for C = 0.5, not for 5."""
+    """A loss that is off by 1e-5 beside others moves a slope by 0.01 at lambda = 1e-3, and 16 of them by 0.16: too much for
+    C = 0.5, not for 50."""
 
     def preflight(**options):
         run = make_walk(**options)
@@ -227,8 +241,8 @@ def test_preflight_knows_what_rounding_does_to_slopes(make_walk, plans):
 
     with pytest.raises(UserError, match="rounding moves a row's loss by"):
         preflight(plan=plans())
-    preflight(plan=plans(clip_norm=5.0))
-    preflight(plan=plans(), smoothing=1e-2)
+    preflight(plan=plans(clip_norm=50.0))
+    preflight(plan=plans(), smoothing=1e-1)
     preflight(plan=plans(private=False))
 
 

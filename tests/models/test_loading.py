@@ -227,6 +227,13 @@ def test_missing_pooler_is_part_of_the_new_head(tmp_path: Path) -> None:
     assert loaded.new_head[2:] == ("classifier.weight", "classifier.bias")
 
 
+def test_a_base_in_8_bits_is_refused(tmp_path: Path) -> None:
+    """Its layers look for outlying columns over all rows of a batch."""
+    folder = copy_of("tiny_lm", tmp_path)
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert_sentence(["stored quantised by bitsandbytes", "model.quantization=nf4"], str(folder), "causal_lm")
+
+
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     folder = copy_of("tiny_lm", tmp_path)
     core = json.loads((folder / "tokenizer.json").read_text())

@@ -2,16 +2,20 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import nn
 
 from privzoo.errors import UserError
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.privacy.clipping.layouts import Layouts
-from privzoo.privacy.preflight import check_engine, refuse_coupling_modules
+from privzoo.privacy.coupling import refuse_coupling_modules
+from privzoo.privacy.preflight import check_engine, check_losses
+from privzoo.run import _check_before
 
 ENGINES = [BookKeeping, Loop]
 T, E = 4, 6  # as many positions as rows are compared: a wrong axis has the right size
@@ -166,6 +170,83 @@ def test_dropout(kind):
     refuse_coupling_modules(nn.Sequential(kind(0.0)))
     with pytest.raises(UserError, match=r"0 has dropout p=0\.1, expected 0"):
         refuse_coupling_modules(nn.Sequential(kind(0.1)))
+
+
+SMALL = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+         "num_key_value_heads": 1, "pad_token_id": 0, "initializer_range": 1.0}  # fmt: skip
+TURNED = {
+    "dynamic": lambda: hf.LlamaModel(
+        hf.LlamaConfig(
+            **SMALL,
+            max_position_embeddings=8,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        )
+    ),
+    "longrope": lambda: hf.Phi3Model(
+        hf.Phi3Config(
+            **SMALL,
+            max_position_embeddings=32,
+            original_max_position_embeddings=8,
+            rope_parameters={
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.0],
+                "long_factor": [2.0, 2.0],
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 8,
+            },
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_positions_that_change_with_the_longest_row(kind):
+    """PRIVACY line 12: a row longer than the first ones would turn all others of its micro-batch by other angles."""
+    model = TURNED[kind]().eval()
+    rows = [torch.randint(1, 9, (1, n), generator=torch.Generator().manual_seed(n)) for n in (4, 12)]
+    with torch.no_grad():
+        alone = model(rows[0]).last_hidden_state
+        beside = model(torch.cat([F.pad(rows[0], (0, 8)), rows[1]])).last_hidden_state[:1, :4]
+    assert not torch.allclose(alone, beside, atol=1e-4)  # causal: the padding is not what moves it
+    sentence = rf"rotary_emb turns all rows .* 8 positions \(rope_type {kind}\): .*max_length=8"
+    for longest in (9, None):
+        with pytest.raises(UserError, match=sentence):
+            refuse_coupling_modules(model, longest)
+    refuse_coupling_modules(model, 8)
+
+
+def test_attention_that_changes_with_the_batch():
+    """BigBird goes over to full attention for good at the first short batch."""
+    options = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+    options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = hf.BigBirdConfig(**options, max_position_embeddings=64, attention_type="block_sparse")
+    with pytest.raises(UserError, match="set attention_type to original_full"):
+        refuse_coupling_modules(hf.BigBirdModel(config))
+    config.attention_type = "original_full"
+    refuse_coupling_modules(hf.BigBirdModel(config))
+
+
+@pytest.mark.parametrize("of", ["gradients", "losses"])
+def test_weights_that_change_with_the_rows(of):
+    """PRIVACY line 12: max_norm shortens the rows of a table that a batch looks up, in place and without noise."""
+    table = nn.Embedding(T, E, max_norm=0.1)
+    model = Net(lambda net, x: x + net.table(torch.arange(T)), table=table)
+    checks = {
+        "gradients": lambda: check(model, Loop),
+        "losses": lambda: check_losses(model, lambda b: model(b["x"]), ROWS, lambda rows: {"x": torch.stack(rows)}),
+    }
+    with pytest.raises(UserError, match=r"table\.weight is changed by the rows that it sees"):
+        checks[of]()
+
+
+def test_a_long_row_far_behind_is_looked_at():
+    """PRIVACY line 7: coupling through padding shows beside the longest row, wherever it stands."""
+    rows, seen = [3 + i % 5 for i in range(200)], []
+    rows[150] = 64
+    task = SimpleNamespace(train=rows, by_length=lambda rows: sorted(range(len(rows)), key=lambda i: rows[i]))
+    _check_before(SimpleNamespace(task=task, model=nn.Linear(1, 1), preflight=seen.extend))
+    assert len(seen) == 4
+    assert (seen[0], seen[-1]) == (3, 64)
 
 
 def test_norms_within_an_example_pass():

@@ -143,7 +143,7 @@ class PrivateMethod(LightningModule):
         """The task's losses (R,) of a micro-batch, which is moved to the model's device.
 
         Raises:
-            UserError: for units of several rows.
+            UserError: for units of several rows, or another number of losses than of rows.
         """
         on_device = {name: value.to(self.device) for name, value in micro_batch.items()}
         if self.task.unit_of_row(on_device) is not None:
@@ -151,7 +151,14 @@ class PrivateMethod(LightningModule):
                 "The task has units of several rows, but rows are drawn one by one in this version: one unit would move the "
                 "sum by more than clip_norm; take one row a unit."
             )
-        return self.task.losses(self.model, on_device)
+        losses = self.task.losses(self.model, on_device)
+        rows = getattr(micro_batch, "rows", None)  # of a draw; the pre-flight counts for itself
+        if rows is not None and losses.shape != (rows,):
+            raise UserError(
+                f"Expected a loss for each of {rows} rows, found shape {tuple(losses.shape)}: each would be clipped alone, "
+                "and one row move the sum by more than clip_norm; let the task's collate or losses add them up."
+            )
+        return losses
 
     @property
     def active(self) -> dict[str, nn.Parameter]:
@@ -159,8 +166,9 @@ class PrivateMethod(LightningModule):
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
     def fingerprint_of_the_rest(self) -> str:
-        """SHA-256 of all parameters that no phase trains: the same at the end as at the beginning."""
-        return fingerprint((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
+        """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning."""
+        rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
+        return fingerprint([*rest, *self.model.named_buffers()])
 
     def start_phase(self, number: int) -> None:
         """Let the parameters of this phase learn, and no others."""

@@ -72,6 +72,9 @@ class ZerothOrder(PrivateMethod):
     def query(self, batch: LogicalBatch) -> dict[str, Tensor]:
         """Sum over the logical batch of the clipped slopes, `{"directions": (K,)}` in float64; zeros for an empty draw.
 
+        For an empty draw too the weights go there and back: float32 weights round on the way, and ones that have not rounded
+        would tell that nothing was drawn.
+
         An example with a slope that is not finite contributes nothing. Weights in float32 come back to within rounding.
 
         Raises:
@@ -81,10 +84,9 @@ class ZerothOrder(PrivateMethod):
         if self.stop_requested:
             raise Interrupted
         self.private_metrics.clear()
-        if not batch.micro_batches:
-            return {"directions": torch.zeros(self.directions, dtype=torch.float64)}
         both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, R)
-        self.private_metrics["private/loss"] = float(both.mean())
+        if batch.micro_batches:
+            self.private_metrics["private/loss"] = float(both.mean())
         slopes = (both[:, 0] - both[:, 1]).t() / (2 * self.smoothing)
         return {"directions": clipped_sum(slopes, self.mechanism.plan.at(batch.release).clip_norm, self._order)}
 
@@ -105,7 +107,7 @@ class ZerothOrder(PrivateMethod):
         self._rows = rows
         for number, phase in enumerate(self.mechanism.plan.phases):
             self.start_phase(number)
-            self._check_rows(phase.clip_norm)
+            self._check_rows(phase.clip_norm, phase.batch_size)
         self.start_phase(0)
 
     def on_train_start(self) -> None:
@@ -114,14 +116,18 @@ class ZerothOrder(PrivateMethod):
         plan = self.mechanism.plan
         with self.trainer.precision_plugin.forward_context():
             if self._rows and torch.is_autocast_enabled(self.device.type):
-                self._check_rows(plan.at(min(self.global_step, plan.steps - 1)).clip_norm)
+                setting = plan.at(min(self.global_step, plan.steps - 1))
+                self._check_rows(setting.clip_norm, setting.batch_size)
 
-    def _check_rows(self, clip_norm: float) -> None:
+    def _check_rows(self, clip_norm: float, batch_size: int) -> None:
         def losses(micro_batch: MicroBatch) -> Tensor:
             return self.losses(micro_batch)
 
-        # A hundredth of C: the longest row of a micro-batch decides how the others are padded, and so how they round.
-        check_losses(self.model, losses, self._rows, self.task.collate, 0.01 * clip_norm * self.smoothing)
+        # The longest row of a micro-batch decides how the others are padded, and so how they round. A loss that moves by r
+        # moves a slope by up to r / lambda; 2 B of them, of either sign, come to less than 4 sqrt(2 B) r / lambda, which may
+        # be 0.02 C.
+        allowed = 0.02 * clip_norm * self.smoothing / (4 * math.sqrt(2 * batch_size))
+        check_losses(self.model, losses, self._rows, self.task.collate, allowed)
 
     @property
     def _order(self) -> int:
@@ -183,7 +189,7 @@ class ZerothOrder(PrivateMethod):
         found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]
         for losses in found:
             checked_units(losses, None)
-        return torch.cat(found).to("cpu", torch.float64)
+        return torch.cat(found).to("cpu", torch.float64) if found else torch.zeros(0, dtype=torch.float64)
 
 
 def clipped_sum(slopes: Tensor, clip_norm: float, order: int = 2) -> Tensor:

@@ -195,6 +195,12 @@ def _configuration(path: str, config: Any, kind: str, pooling: str | None) -> An
     if own and not isinstance(config.encoder, PretrainedConfig):
         raise ValueError("its configuration holds no encoder")
     _check_kind(path, config, kind)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not stored.get("load_in_4bit"):  # 8-bit layers look at all rows for columns that stand out
+        raise UserError(
+            f"Model {path!r} is stored quantised by {stored.get('quant_method')}, which may mix examples: give one in full "
+            "precision, and model.quantization=nf4 for 4 bits."
+        )
     if pooling is not None and not own:
         _check_can_be_pooled(path, config, kind)
     return config
@@ -203,7 +209,7 @@ def _configuration(path: str, config: Any, kind: str, pooling: str | None) -> An
 def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[Any, tuple[str, ...]]:
     """The model of a class of transformers, and the names of what its checkpoint lacked."""
     model, report = auto_class.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    if "quantization_config" in options and not keep_quantized_weights(model):
+    if getattr(model, "is_loaded_in_4bit", False) and not keep_quantized_weights(model):
         raise UserError(f"Model {path!r} has no linear layer to quantise: set model.quantization=null.")
     return model, _new_head(path, model, report, whole=auto_class is not transformers.AutoModel)
 

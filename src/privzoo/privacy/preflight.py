@@ -1,4 +1,4 @@
-"""Checks before the first release: no module couples examples, and engine and losses are right on this very model."""
+"""Checks before the first release: engine and losses are right on this very model, and no example influences another."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from privzoo.errors import UserError
 from privzoo.privacy.clipping.engine import ClippedSums, trainable_parameters
@@ -21,25 +18,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torc
 OR_THE_ENGINE = (
     " or the engine misreads the model; take method.engine._target_=privzoo.privacy.clipping.Loop to find out which"
 )
-
-
-def refuse_coupling_modules(model: nn.Module) -> None:
-    """Refuse modules whose output for one example depends on others, frozen or not, and dropout.
-
-    Raises:
-        UserError: naming the module.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats):
-            raise UserError(
-                f"{name} is a {type(module).__name__}: its statistics mix examples, so no example's influence is bounded; "
-                "replace it by GroupNorm or LayerNorm."
-            )
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise UserError(
-                f"{name} has dropout p={module.p:g}, expected 0 in this version: set model.dropout=0, "
-                "and an adapter's own (method.adapter.tuner.lora_dropout) to 0."
-            )
 
 
 def check_engine(
@@ -65,6 +43,7 @@ def check_engine(
     """
     check_function(getattr(engine, "clipping", FLAT))
     together = [rows[i] for i in range(min(4, len(rows)))]
+    losses = _leaving_weights_alone(model, losses)
     with _sound(model), _gates_open(model):
         _compare_with_loop(engine, model, losses, together, collate, clip_norm)
     _refuse_unused(model, losses(collate(together)))
@@ -96,6 +75,7 @@ def check_losses(
         if not parameter.is_floating_point():
             raise UserError(f"{name} holds {parameter.dtype}, which cannot be moved by a little: freeze it.")
     together = [rows[i] for i in range(min(4, len(rows)))]
+    losses = _leaving_weights_alone(model, losses)
     with _sound(model), torch.no_grad():
         before = _compare_with_rows_alone(model, losses, together, collate, allowed)
         with _gates_open(model), _nudged(model):
@@ -116,6 +96,21 @@ def _sound(model: nn.Module) -> Iterator[None]:
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise UserError(f"{name} is a buffer that changes with the data: it would publish them; take it out.")
+
+
+def _leaving_weights_alone(model: nn.Module, losses: Callable[[MicroBatch], Tensor]) -> Callable[[MicroBatch], Tensor]:
+    """`losses`, refused if a module changes weights in place meanwhile, as an embedding with max_norm does: by the rows that
+    it sees, without noise."""
+
+    def watched(micro_batch: MicroBatch) -> Tensor:
+        before = [p._version for p in model.parameters()]
+        found = losses(micro_batch)
+        for (name, parameter), version in zip(model.named_parameters(), before, strict=True):
+            if parameter._version != version:
+                raise UserError(f"{name} is changed by the rows that it sees (max_norm of an embedding?): take that out.")
+        return found
+
+    return watched
 
 
 @contextmanager

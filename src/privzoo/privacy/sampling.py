@@ -14,6 +14,14 @@ from privzoo.privacy.streams import RunKey
 MicroBatch = dict[str, Tensor]
 
 
+class DrawnRows(dict[str, Tensor]):
+    """A micro-batch that remembers how many rows it is of, whatever was made of them."""
+
+    def __init__(self, collated: MicroBatch, rows: int) -> None:
+        super().__init__(collated)
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class LogicalBatch:
     """One Poisson draw, cut into micro-batches of similar length. It may be empty.
@@ -83,7 +91,8 @@ class PoissonBatches(Dataset[LogicalBatch]):
         drawn = [self.rows[int(i)] for i in self.draws(release)]
         drawn.sort(key=self.length, reverse=True)
         starts = range(0, len(drawn), self.microbatch_size)
-        return LogicalBatch(release, tuple(self.collate(drawn[i : i + self.microbatch_size]) for i in starts))
+        parts = [drawn[i : i + self.microbatch_size] for i in starts]
+        return LogicalBatch(release, tuple(DrawnRows(self.collate(part), len(part)) for part in parts))
 
 
 class ReleaseOrder(Sampler[int]):

@@ -18,6 +18,7 @@ from privzoo.errors import UserError, first_line
 from privzoo.hub import why_not_to_be_had
 from privzoo.tasks.columns import Column, checked_table, require_columns
 from privzoo.tasks.files import find_split, read_split
+from privzoo.tasks.splits import may_meet
 
 TOYS = {"text": "text_rows", "lm": "lm_rows", "images": "image_rows"}  # the kind, and who makes its rows
 
@@ -39,10 +40,12 @@ class HubData:
     splits: dict[str, str]
 
     def __post_init__(self) -> None:
-        if len(set(self.splits.values())) < len(self.splits):
+        named = list(self.splits.values())
+        if any(may_meet(one, other) for i, one in enumerate(named) for other in named[:i]):
             raise UserError(
-                f"the data set {self.name} has one split under two names ({self.splits}): scores on the training split "
-                "would be published without noise; name a split of its own for validation."
+                f"the data set {self.name} has the same rows under two names ({self.splits}): scores on training rows would "
+                "be published without noise; name a split of its own for validation, or slices that do not meet, such as "
+                "train[:90%] and train[90%:]."
             )
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
