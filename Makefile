@@ -30,13 +30,15 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --ignore=tests/test_mutants.py --ignore=tests/test_remade_models.py
+	  -m "not sweep" --ignore=tests/test_mutants.py --ignore=tests/test_remade_models.py
 
-# The mutants test the tests: each breaks src in one place, and a named test must turn red. The tiny models are made again.
+# Further cases of what `make test` tries once. The mutants test the tests: each breaks src in one place, and a named test must
+# turn red. The tiny models are made again.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m sweep
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_remade_models.py tests/test_mutants.py
 
 # From the run records in paper_tables/, a folder a table.

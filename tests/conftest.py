@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +98,26 @@ def connected(path: Path) -> socket.socket:
     return connection
 
 
+def is_alive(folder: Path) -> bool:
+    """Whether the process that tests/conftest.py started in a folder is still there (and no zombie)."""
+    try:
+        pid = (folder / "pid").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def zygote_folder(config: pytest.Config) -> Path:
+    base = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zygote"  # for all workers
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Under make test and for the sweeps of make check, while the workers still collect."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw0" and "sweep" in session.config.option.markexpr:
+        session.config.started_early = Zygote.start(zygote_folder(session.config))  # type: ignore[attr-defined]
+
+
 class Zygote:
     """Runs privzoo commands in forked children of one process that has imported everything, which all workers of a test run
     share (see tests/zygote.py)."""
@@ -105,21 +126,24 @@ class Zygote:
         self.started: subprocess.Popen | None = None
         with open(folder / "lock", "w") as lock:  # one worker starts it, the others wait until it is ready
             fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                self.connection = connected(folder / "socket")
-            except OSError:  # not there yet, or ended with the worker that started it
-                self.started = self._start(folder)
-                self.connection = connected(folder / "socket")
+            if not is_alive(folder):  # not started yet, or ended with the worker that started it
+                self.started = self.start(folder)
+            while not (folder / "socket").exists():
+                assert is_alive(folder), "tests/zygote.py ended"
+                time.sleep(0.05)
+            self.connection = connected(folder / "socket")
         self.stream = self.connection.makefile("rw")
 
     @staticmethod
-    def _start(folder: Path) -> subprocess.Popen:
-        (folder / "socket").unlink(missing_ok=True)
+    def start(folder: Path) -> subprocess.Popen:
+        """Without waiting: it imports for some seconds, and listens then."""
+        folder.mkdir(exist_ok=True)
+        for name in ("socket", "socket.new"):
+            (folder / name).unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRIVZOO_CACHE": str(folder)}
         command = [sys.executable, str(REPOSITORY / "tests" / "zygote.py")]
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
-        assert started.stdout is not None
-        assert started.stdout.readline() == "ready\n"
+        started = subprocess.Popen(command, env=environment, cwd=folder)
+        (folder / "pid").write_text(str(started.pid))
         return started
 
     def close(self) -> None:
@@ -138,9 +162,8 @@ class Zygote:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory):
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zygote"  # for all workers
+def zygote(request: pytest.FixtureRequest):
+    folder = zygote_folder(request.config)
     folder.mkdir(exist_ok=True)
     zygote = Zygote(folder)
     yield zygote

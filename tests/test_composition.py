@@ -20,7 +20,10 @@ def choices(group: str) -> list[str]:
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
 
 
-PAIRS = list(product(choices("task"), choices("method")))
+PAIRS = [
+    pytest.param(task, method, marks=() if task in ("toy_text", "sst2") else pytest.mark.sweep)
+    for task, method in product(choices("task"), choices("method"))
+]
 
 
 def targets(content: object) -> list[tuple[str, set[str]]]:

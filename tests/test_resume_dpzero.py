@@ -30,7 +30,7 @@ def end_of(run: Path) -> tuple:
     return record, (run / "ledger.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.sweep), "bfloat16"])
 def test_a_killed_run_goes_on_to_the_same_end(privzoo, tmp_path, dtype):
     runs = []
     for name, kill in (("straight", None), ("killed", {"at": "fsync ledger.jsonl", "count": 5, "when": "after"})):

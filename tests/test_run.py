@@ -130,7 +130,7 @@ def test_the_table_at_the_end(finished):
     ("task", "model"), [("toy_text", "tiny_encoder"), ("toy_lm", "tiny_lm"), ("toy_images", "tiny_vit")]
 )
 @pytest.mark.parametrize("method", ["dp_full", "dp_bitfit"])
-@pytest.mark.parametrize("eps", ["8", "inf"])
+@pytest.mark.parametrize("eps", ["8", pytest.param("inf", marks=pytest.mark.sweep)])
 def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model, method, eps):
     code, output = privzoo_on_few_rows(
         f"task={task}", f"method={method}", f"eps={eps}", "epochs=0.8", "batch_size=100", "microbatch_size=100",

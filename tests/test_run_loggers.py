@@ -211,40 +211,58 @@ def run(folder, steps, finish=True, **options):
 _WANDB = f"SECRET, PUBLIC = {SECRET!r}, {PUBLIC!r}\n" + _WANDB
 
 
-def wandb_process(tmp_path, code, terminal=False, **environment):
-    """Runs `code` after _WANDB; with a terminal as its input and output if asked for. Returns what it printed."""
-    home = tmp_path / "home"
+def wandb_process(folder, code, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **environment):
+    """Starts `code` after _WANDB."""
+    home = folder / "home"
     home.mkdir(exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
     clean |= {"HOME": str(home), "CI": ""} | environment
-    ours, theirs = os.openpty() if terminal else (None, subprocess.DEVNULL)
-    out = theirs if terminal else subprocess.PIPE
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", _WANDB + code],
-        cwd=tmp_path, env=clean, stdin=theirs, stdout=out, stderr=subprocess.STDOUT, timeout=120, check=False,
+        cwd=folder, env=clean, stdin=stdin, stdout=stdout, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    text = done.stdout.decode() if done.stdout is not None else ""
-    if terminal:
-        os.close(theirs)
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:  # Linux's way of saying that the other end is closed
-                break
-            if not piece:
-                break
-            text += piece.decode()
-        os.close(ours)
-    assert done.returncode == 0, text
+
+
+def on_a_terminal(folder, code):
+    """What `code` prints whose input and output are a terminal."""
+    ours, theirs = os.openpty()
+    process, text = wandb_process(folder, code, stdin=theirs, stdout=theirs), ""
+    os.close(theirs)
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux's way of saying that the other end is closed
+            break
+        if not piece:
+            break
+        text += piece.decode()
+    os.close(ours)
+    assert process.wait(timeout=120) == 0, text
     return text
+
+
+@pytest.fixture(scope="module")
+def without_a_server(tmp_path_factory):
+    """A run that looks for a server in vain, started before the other test with W&B: both wait more than they reckon."""
+    folder = tmp_path_factory.mktemp("without_a_server")
+    process = wandb_process(
+        folder,
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "began = time.monotonic(); run('plain', (1,)); print('seconds', time.monotonic() - began)\n",
+        WANDB_API_KEY="a" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+    )
+    yield folder, process
+    process.kill()
 
 
 def segments(folder):
     return sorted((Path(folder) / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.usefixtures("without_a_server")
 def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_out(tmp_path):
-    printed = wandb_process(
+    printed = on_a_terminal(
         tmp_path,
         "run('plain', (1, 2), finish=False)\n"  # breaks off; the next run must not be handed its W&B run
         "run('open', (1, 2), private=True)\n"
@@ -253,7 +271,6 @@ def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_ou
         "for mode in ('online', 'sometimes'):\n"
         "    try: run('none', (1,), mode=mode)\n"
         "    except UserError as error: print(error)\n",
-        terminal=True,
     )
     assert printed.replace("\r", "").splitlines() == [  # no word from W&B, and no question
         *[f"private/loss {SECRET}"] * 14,
@@ -275,17 +292,13 @@ def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_ou
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "none", "off", "open", "plain"]
 
 
-def test_wandb_without_a_server_goes_on_offline(tmp_path):
-    printed = wandb_process(
-        tmp_path,
-        "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "began = time.monotonic(); run('plain', (1,)); print('seconds', time.monotonic() - began)\n",
-        WANDB_API_KEY="a" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9",
-    )
+def test_wandb_without_a_server_goes_on_offline(without_a_server):
+    folder, process = without_a_server
+    printed = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, printed
     assert "going on offline" in printed
     assert float(printed.split("seconds ")[1].split()[0]) < 20
-    assert len(segments(tmp_path / "plain")) == 1
+    assert len(segments(folder / "plain")) == 1
 
 
 def test_the_run_folder_logger_is_a_lightning_logger(tmp_path):

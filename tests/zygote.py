@@ -1,7 +1,7 @@
 """Runs privzoo commands in forked children of one process that has imported everything: real processes, real SIGKILL,
 without eight seconds of imports each.
 
-    python tests/zygote.py      listens at ./socket, prints "ready", and ends with the process that started it
+    python tests/zygote.py      listens at ./socket, and ends with the process that started it
 
 On each connection it reads one JSON request a line and answers one JSON line.
 
@@ -119,6 +119,14 @@ def fill_caches_of_libraries() -> None:
     compose([])
 
 
+def compose_once() -> None:
+    """Hydra composes a command's configuration twice, first only to see whether its files ask for a sweep; none does here.
+    tests/test_cli.py runs it as it is."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda self, config_name, overrides: None
+
+
 def shorten_toy_data(rows: dict[str, int]) -> None:
     from privzoo import toyworld
 
@@ -171,13 +179,14 @@ def main() -> None:
         importlib.import_module(name)
     remember_toy_rows()
     fill_caches_of_libraries()
+    compose_once()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind("socket")
+    listener.bind("socket.new")
     listener.listen()
+    os.rename("socket.new", "socket")  # whoever finds it can connect
     listener.settimeout(1.0)
     starter = os.getppid()
-    print("ready", flush=True)
     while os.getppid() == starter:
         try:
             connection, _ = listener.accept()

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import math
+import os
 import pkgutil
 import sys
 import sysconfig
@@ -98,8 +99,10 @@ def _foreign_files(content: Any) -> set[Path]:
     named = {file for file in targets if file is not None}
     beside = {sibling for file in named if not _is_installed(file) for sibling in file.parent.glob("*.py")}
     modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name != "__main__"}
-    imported = {Path(file) for file in modules.values() if file is not None}
-    return named | beside | {file for file in imported if not _is_installed(file) and file.is_file()}
+    imported = {
+        file for file in modules.values() if file is not None and "site-packages" not in file
+    }  # thousands are installed
+    return named | beside | {file for file in map(Path, imported) if not _is_installed(file) and file.is_file()}
 
 
 def _targets(content: Any) -> Iterator[str]:
@@ -122,8 +125,8 @@ def _is_installed(file: Path) -> bool:
     """Whether a file is of privzoo, of an installed package or of Python itself: those have versions."""
     if {"site-packages", "dist-packages"} & set(file.parts):
         return True
-    python = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-    return any(file.is_relative_to(root) for root in (Path(__file__).parent, *python))
+    python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    return any(str(file).startswith(root + os.sep) for root in (str(Path(__file__).parent), *python))
 
 
 def _digest_of_file(file: Path) -> str:

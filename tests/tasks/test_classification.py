@@ -208,6 +208,7 @@ def test_both_splits_are_needed_and_checked(source, folder):
 
 
 @pytest.mark.shared
+@pytest.mark.sweep
 def test_all_of_sst2_is_tokenised_as_its_tokenizer_does_it(shared):
     from transformers import AutoTokenizer
 
