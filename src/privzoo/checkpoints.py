@@ -25,14 +25,13 @@ class Checkpoints(Callback):
     Args:
         path: file to replace.
         every: releases between two checkpoints.
-        seconds_before: training time of earlier sessions; `seconds` counts on from there.
     """
 
-    def __init__(self, path: Path, every: int, seconds_before: float = 0.0) -> None:
+    def __init__(self, path: Path, every: int) -> None:
         self.path = path
         self.every = every
         self.saved: int | None = None
-        self._seconds, self._since = seconds_before, time.monotonic()
+        self._seconds, self._since = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:

@@ -99,9 +99,8 @@ def _foreign_files(content: Any) -> set[Path]:
     named = {file for file in targets if file is not None}
     beside = {sibling for file in named if not _is_installed(file) for sibling in file.parent.glob("*.py")}
     modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name != "__main__"}
-    imported = {
-        file for file in modules.values() if file is not None and "site-packages" not in file
-    }  # thousands are installed
+    # Most of thousands are installed.
+    imported = {file for file in modules.values() if file is not None and "site-packages" not in file}
     return named | beside | {file for file in map(Path, imported) if not _is_installed(file) and file.is_file()}
 
 

@@ -39,6 +39,7 @@ METHODS = {
     "dp_bitfit with new biases": ["method.add_bias=true"],
     "dp_full of the last block": ["method.trainable='(layers|layer|h)[.]1[.]'"],
     "dpzero of an adapter": ["method.lora=true"],
+    "dpzero in two phases": ["method.phases=[{epochs: 0.2, trainable: all},{epochs: 0.2, trainable: biases}]"],
     "dpzero beside 4 bits": ["model.quantization=nf4", "method.smoothing=0.03"],
     "dp_bitfit_two_phase": ["method.phases=[{epochs: 0.4, trainable: all, lr: 0.02},{trainable: biases}]"],
 }  # fmt: skip
@@ -46,7 +47,7 @@ METHODS = {
 
 def makes_sense(method: str, architecture: str) -> bool:
     if architecture == "mistral":  # without biases; that it is refused then is in test_trainable
-        return method not in ("dp_bitfit", "dp_bitfit_two_phase")
+        return method not in ("dp_bitfit", "dp_bitfit_two_phase", "dpzero in two phases")
     return method != "dp_bitfit with new biases"
 
 
