@@ -18,7 +18,7 @@ ZOO_MUTANTS = [
     ("sums of splits pass", "22", "tasks/splits.py", 'for b in other.split("+"))', "for b in [other])",
      (SPLITS + "a_split_with_rows_of_the_training_split_is_refused[train+validation]",)),
     ("slices of two units pass", "22", "tasks/splits.py", "or a[2] != b[2]", "", (SPLITS + "what_cannot_be_told_may_meet",)),
-    ("what a user's code imports does not count", "35", "identity.py", "return named | beside | {file for file in imported",
+    ("what a user's code imports does not count", "35", "identity.py", "return named | beside | {file for file in map(Path, imported)",
      "return named | beside | {file for file in ()", (IDENTITY,)),
     ("what a user's code imports late does not count", "35", "identity.py", "return named | beside |", "return named |",
      (IDENTITY,)),
