@@ -18,7 +18,7 @@ SST2 = ["task=sst2", "model=tiny_encoder", "task.max_length=64", "batch_size=4",
 
 def write_data(folder: Path, train: list[dict] | str | None = None, validation: list[dict] | None = None) -> Path:
     for split, rows in (("train", train), ("validation", validation)):
-        good = [{"sentence": f"a good film number {i} to {split}", "label": i % 2} for i in range(40)]
+        good = [{"sentence": f"a good film number {i}", "label": i % 2} for i in range(40 if split == "train" else 25)]
         rows = good if rows is None else rows
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "sst2").mkdir(exist_ok=True)

@@ -11,8 +11,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "privzoo"
 # What a part may import of privzoo, besides itself.
 ALLOWED = {
     "privacy": {"errors"},
-    "tasks": {"errors", "toyworld"},
-    "models": {"errors", "toyworld"},
+    "tasks": {"errors", "hub", "toyworld"},
+    "models": {"errors", "hub", "toyworld"},
     "methods": {"errors", "privacy", "tasks"},
     "reporting": {"errors", "files", "results", "cli"},
 }

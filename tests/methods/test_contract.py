@@ -35,11 +35,13 @@ CONFIGS = {
                                 image_size=8, patch_size=4, num_labels=LABELS, initializer_range=0.2, **NO_DROPOUT),
 }  # fmt: skip
 METHODS = {
-    "dp_full": [], "dp_bitfit": [], "dp_lora": [], "dp_head": [], "dp_qlora": [], "dpzero": [],
+    "dp_full": [], "dp_bitfit": [], "dp_lora": [], "dp_head": [], "dp_qlora": [],
+    "dpzero": ["method.smoothing=3e-3"],
     "dp_bitfit with new biases": ["method.add_bias=true"],
     "dp_full of the last block": ["method.trainable='(layers|layer|h)[.]1[.]'"],
-    "dpzero of an adapter": ["method.lora=true"],
-    "dpzero in two phases": ["method.phases=[{epochs: 0.2, trainable: all},{epochs: 0.2, trainable: biases}]"],
+    "dpzero of an adapter": ["method.lora=true", "method.smoothing=3e-3"],
+    "dpzero in two phases": ["method.phases=[{epochs: 0.2, trainable: all},{epochs: 0.2, trainable: biases}]",
+                             "method.smoothing=3e-3"],
     "dpzero beside 4 bits": ["model.quantization=nf4", "method.smoothing=0.03"],
     "dp_bitfit_two_phase": ["method.phases=[{epochs: 0.4, trainable: all, lr: 0.02},{trainable: biases}]"],
 }  # fmt: skip

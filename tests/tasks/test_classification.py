@@ -191,7 +191,7 @@ def test_processors_that_do_not_fit(source, folder, bert_tokenizer):
     for processor, changes, expected in [
         (None, {}, "no tokenizer"),
         (bert_tokenizer, {"max_length": 33}, "at most 32 tokens: set task.max_length=32"),
-        (bert_tokenizer, {"max_length": 2}, "max_length=2, expected at least 3"),
+        (bert_tokenizer, {"max_length": 2}, "max_length=2 to be a whole number of at least 3"),
     ]:
         task = build(source, **changes)
         task.load(root)

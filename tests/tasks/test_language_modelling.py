@@ -197,7 +197,7 @@ def test_fingerprint(source, folder):
 
 
 def test_tokenizers_that_do_not_fit(ready, gpt_tokenizer):
-    with pytest.raises(UserError, match="max_length=1, expected at least 2"):
+    with pytest.raises(UserError, match="max_length=1 to be a whole number of at least 2"):
         ready(max_length=1)
     with pytest.raises(UserError, match="at most 32 tokens"):
         ready(max_length=33)
