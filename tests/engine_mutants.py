@@ -366,7 +366,7 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "a_checkpoint_holds_the_trained_part_alone",)),
     ("units of several rows are drawn row by row", "37", BASE_PY,
      "if self.task.unit_of_row(on_device) is not None:", "if False:", (FIRST_ORDER + "units_of_several_rows_are_refused",)),
-    ("the schedule forgets the warm-up", "24", BASE_PY, "(steps - index) / (steps - rising)",
+    ("the schedule forgets the warm-up", "24", "methods/schedule.py", "(steps - index) / (steps - rising)",
      "(steps - index) / steps", (FIRST_ORDER + "learning_rate_by_hand",)),
     ("whatever sounds like a bias is trained", "16", TRAINABLE_PY, '.endswith("bias")', '.count("") and "bias" in name',
      (TRAINABLE + "chosen_parameters_and_the_new_head",)),

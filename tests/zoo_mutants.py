@@ -15,7 +15,7 @@ ZOO_MUTANTS = [
      "            pass\n    raise", (SPLITS + "the_same_rows_under_two_names_are_refused",)),
     ("slices that meet pass", "22", "tasks/splits.py", "return max(a[0], b[0]) < min(a[1], b[1])", "return a == b",
      (SPLITS + "a_split_with_rows_of_the_training_split_is_refused[train[:10%]]",)),
-    ("sums of splits pass", "22", "tasks/splits.py", 'for b in other.split("+"))', "for b in [other])",
+    ("sums of splits pass", "22", "tasks/splits.py", 'for a in one.split("+")', "for a in [one]",
      (SPLITS + "a_split_with_rows_of_the_training_split_is_refused[train+validation]",)),
     ("slices of two units pass", "22", "tasks/splits.py", "or a[2] != b[2]", "", (SPLITS + "what_cannot_be_told_may_meet",)),
     ("what a user's code imports does not count", "35", "identity.py", "for file in map(Path, imported) if",
