@@ -273,7 +273,7 @@ def test_plain_help(capsys):
     assert "run=  a run folder (required)" in capsys.readouterr().out
 
 
-def test_a_wheel_carries_conf_and_works_anywhere(tmp_path):
+def test_a_wheel_carries_conf_and_works_anywhere_without_torch(tmp_path):
     build_it = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*build_it, str(REPOSITORY)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -285,7 +285,8 @@ def test_a_wheel_carries_conf_and_works_anywhere(tmp_path):
     elsewhere.mkdir()
     script = (
         "import sys; sys.argv = ['privzoo-plan', 'task=sst2', 'eps=inf'];"
-        "import privzoo.plan, privzoo.composition; print(privzoo.composition.conf_dir()); privzoo.plan.main()"
+        "import privzoo.plan, privzoo.composition; print(privzoo.composition.conf_dir()); privzoo.plan.main();"
+        "print('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run(
@@ -293,6 +294,7 @@ def test_a_wheel_carries_conf_and_works_anywhere(tmp_path):
     )
     assert done.stdout.startswith(str(site / "privzoo" / "conf"))
     assert "67,349" in done.stdout
+    assert done.stdout.endswith("False\n")
     assert list(elsewhere.iterdir()) == []
 
 

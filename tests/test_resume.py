@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -268,20 +269,31 @@ def test_a_finished_run_is_not_made_again(privzoo, straight):
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_an_unfinished_run_is_not_started_again(privzoo, tmp_path):
-    kill = {"at": "fsync ledger.jsonl", "count": 2, "when": "after"}
-    privzoo(*SEEDED, f"output_dir={tmp_path}/runs", kill=kill)
-    run = only_run(tmp_path / "runs")
-    code, output = privzoo(*SEEDED, f"output_dir={tmp_path}/runs")
+@pytest.fixture(scope="module")
+def killed_once(privzoo, tmp_path_factory):
+    """The folder that holds a run which was killed behind its first checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
+    assert privzoo(*SEEDED, f"output_dir={folder}", kill=kill)[0] == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """A copy of it to damage."""
+    return only_run(Path(shutil.copytree(killed_once, tmp_path / "runs")))
+
+
+def test_an_unfinished_run_is_not_started_again(privzoo, killed):
+    run = killed
+    code, output = privzoo(*SEEDED, f"output_dir={run.parent}")
     assert code == 2
     assert f"resume={run}" in output
 
 
-def test_damaged_parts_of_a_run_folder(privzoo, tmp_path):
+def test_damaged_parts_of_a_run_folder(privzoo, killed):
     """A ledger cut by a line or edited, a checkpoint cut short, a missing key: one sentence, nothing goes on."""
-    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
-    privzoo(*SEEDED, f"output_dir={tmp_path}/runs", kill=kill)
-    run = only_run(tmp_path / "runs")
+    run = killed
 
     def refused(file: str, content: bytes | None) -> str:
         kept = (run / file).read_bytes()
@@ -310,34 +322,29 @@ def test_damaged_parts_of_a_run_folder(privzoo, tmp_path):
     assert privzoo(f"resume={run}")[0] == 0
 
 
-def test_an_edited_configuration_is_refused(privzoo, tmp_path):
+def test_an_edited_configuration_is_refused(privzoo, killed):
     """Another epsilon, or no test seed any more, written into the folder: the promise that was made counts."""
-    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
-    privzoo(*SEEDED, f"output_dir={tmp_path}/runs", kill=kill)
-    run = only_run(tmp_path / "runs")
+    run = killed
     kept = (run / "config.yaml").read_text()
     for old, new in (("eps: 8", "eps: 100"), ("noise_seed: 7", "noise_seed: null"), ("clip_norm: 0.1", "clip_norm: 0.2")):
         assert old in kept
         (run / "config.yaml").write_text(kept.replace(old, new))
         code, output = privzoo(f"resume={run}")
         assert (code, "config.yaml was edited" in output) == (2, True), output
-    (run / "config.yaml").write_text(kept)
-    assert privzoo(f"resume={run}")[0] == 0
 
 
-def test_a_key_from_elsewhere_is_refused(privzoo, tmp_path):
+def test_a_key_from_elsewhere_is_refused(privzoo, killed):
     """Another key would make other draws for releases that were paid already."""
-    kill = {"at": "fsync ledger.jsonl", "count": 5, "when": "after"}
-    assert privzoo(*SMALL, f"output_dir={tmp_path}/runs", kill=kill)[0] == -signal.SIGKILL
-    run = only_run(tmp_path / "runs")
+    run = killed
     (run / "run.key").write_bytes(os.urandom(32))
     code, output = privzoo(f"resume={run}")
     assert (code, "was not made by this run" in output) == (2, True), output
 
 
-def test_the_ledger_tells_nothing_about_the_data(privzoo, straight, tmp_path):
+def test_the_ledger_tells_nothing_about_the_data(privzoo, tmp_path):
     """Two runs on the same data have unrelated digests: a guess at the data cannot be checked against a ledger."""
+    kill = {"at": "fsync ledger.jsonl", "count": 1, "when": "after"}
     for name in ("a", "b"):
-        assert privzoo(*SMALL, f"output_dir={tmp_path}/{name}")[0] == 0
+        assert privzoo(*SMALL, f"output_dir={tmp_path}/{name}", kill=kill)[0] == -signal.SIGKILL
     digests = [{entry["digest"] for entry in ledger_of(only_run(tmp_path / name))} for name in ("a", "b")]
     assert not digests[0] & digests[1]

@@ -40,7 +40,11 @@ def checkpoint_of(run: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("at", "count"), [("fsync ledger.jsonl", 5), ("replace privacy.json", 1)], ids=["between", "at the end"]
+    ("at", "count"),
+    [
+        pytest.param("fsync ledger.jsonl", 5, id="between"),
+        pytest.param("replace privacy.json", 1, id="at the end", marks=pytest.mark.sweep),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_state(privzoo, straight, tmp_path, at, count):
     """Killed in its fifth release, with a checkpoint of the third, or when all releases were made; without validation,

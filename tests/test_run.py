@@ -129,7 +129,7 @@ def test_the_table_at_the_end(finished):
 @pytest.mark.parametrize(
     ("task", "model"), [("toy_text", "tiny_encoder"), ("toy_lm", "tiny_lm"), ("toy_images", "tiny_vit")]
 )
-@pytest.mark.parametrize("method", ["dp_full", "dp_bitfit"])
+@pytest.mark.parametrize("method", ["dp_full", pytest.param("dp_bitfit", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("eps", ["8", pytest.param("inf", marks=pytest.mark.sweep)])
 def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model, method, eps):
     code, output = privzoo_on_few_rows(

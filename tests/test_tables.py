@@ -1,8 +1,6 @@
 """`python -m privzoo.tables`: kept records become tables, on the screen and as Markdown."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,13 +93,12 @@ def test_what_may_not_be_read_or_written_is_one_sentence(place, mode, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_a_folder_without_records_is_one_sentence(name, tmp_path):
+def test_a_folder_without_records_is_one_sentence(name, tmp_path, privzoo):
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-m", "privzoo.tables", f"folder={tmp_path / name}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("privzoo: ")
-    assert done.stderr.count("\n") == 1
+    code, output = privzoo(f"folder={tmp_path / name}", module="privzoo.tables")
+    assert code == 2
+    assert output.startswith("privzoo: ")
+    assert output.count("\n") == 1
 
 
 def test_a_bar_in_a_cell_does_not_end_it(tmp_path):

@@ -14,7 +14,7 @@ a line behind. The answer: {"code": exit code, negative for a signal; "output": 
 
 import gc
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -109,14 +109,23 @@ def remember_toy_rows() -> None:
             made_once(split)
 
 
+def remember_packages() -> None:
+    """Every run asks for the versions of a dozen packages, twice."""
+    importlib.metadata.version = cache(importlib.metadata.version)
+
+
 def fill_caches_of_libraries() -> None:
     """What transformers and Hydra work out once a process is a fifth of what Python does in a small run."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from privzoo.composition import compose
+    from privzoo.identity import _folders_of_python
+    from privzoo.results import versions
 
     get_checkpoint_conversion_mapping("bert")
     compose([])
+    versions()
+    _folders_of_python()
 
 
 def compose_once() -> None:
@@ -174,6 +183,7 @@ IMPORTED = (
 def main() -> None:
     epsilons = Path(os.environ["PRIVZOO_CACHE"], "epsilons")
     epsilons.mkdir(exist_ok=True)
+    remember_packages()
     remember_epsilons(epsilons)  # before others import them by name
     for name in IMPORTED:
         importlib.import_module(name)

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,13 @@ def _is_installed(file: Path) -> bool:
     """Whether a file is of privzoo, of an installed package or of Python itself: those have versions."""
     if {"site-packages", "dist-packages"} & set(file.parts):
         return True
-    python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    return any(str(file).startswith(root + os.sep) for root in (str(Path(__file__).parent), *python))
+    return str(file).startswith((str(Path(__file__).parent) + os.sep, *_folders_of_python()))
+
+
+@cache
+def _folders_of_python() -> tuple[str, ...]:
+    """Asked for every module, and slow to work out."""
+    return tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib"))
 
 
 def _digest_of_file(file: Path) -> str:

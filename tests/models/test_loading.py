@@ -268,6 +268,7 @@ def test_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - started < 10
 
 
+@pytest.mark.sweep
 def test_offline_mode_asks_nobody_and_uses_the_cache(tmp_path: Path) -> None:
     assert_sentence(["'some/model'", "HF_HUB_OFFLINE is set"], "some/model", "causal_lm")
     cached = tmp_path / "hub" / "models--some--model"

@@ -22,6 +22,7 @@ def test_committed_models_are_small_and_of_float32() -> None:
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
+@pytest.mark.sweep
 def test_making_reads_nothing_private_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for private in ("text_rows", "lm_rows", "image_rows"):
         monkeypatch.setattr(toyworld, private, lambda split: pytest.fail("private rows were read"))
@@ -34,6 +35,7 @@ def test_making_reads_nothing_private_and_leaves_no_trace(tmp_path: Path, monkey
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.sweep
 def test_what_is_made_hangs_on_no_global_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "_train", lambda modules, loss, steps, learning_rate: loss(0))
     weights = []
