@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -32,6 +33,15 @@ def shared_folder() -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     # Calibrations are confirmed whenever they are used, so remembering them between test runs costs nothing.
     os.environ["PRIVZOO_CACHE"] = str(config.cache.mkdir("privzoo"))
+
+
+# Imports make a million objects that stay: to look through them for garbage again and again is a quarter of the collection.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 LONGEST = ("test_resume", "test_run.py", "test_contract", "test_bad_input")

@@ -181,6 +181,7 @@ IMPORTED = (
 
 
 def main() -> None:
+    gc.disable()  # what is imported stays
     epsilons = Path(os.environ["PRIVZOO_CACHE"], "epsilons")
     epsilons.mkdir(exist_ok=True)
     remember_packages()
@@ -191,6 +192,7 @@ def main() -> None:
     fill_caches_of_libraries()
     compose_once()
     gc.freeze()
+    gc.enable()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("socket.new")
     listener.listen()
