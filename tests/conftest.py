@@ -44,7 +44,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-LONGEST = ("test_resume", "test_run.py", "test_contract", "test_bad_input")
+LONGEST = ("test_resume", "test_run", "test_contract", "test_bad_input")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -178,6 +178,14 @@ def zygote(request: pytest.FixtureRequest):
     zygote = Zygote(folder)
     yield zygote
     zygote.close()
+
+
+@pytest.fixture(scope="module")
+def second_zygote(zygote: Zygote, request: pytest.FixtureRequest):
+    """For a process that runs beside others."""
+    second = Zygote(zygote_folder(request.config))
+    yield second
+    second.close()
 
 
 @pytest.fixture(scope="session")

@@ -214,6 +214,7 @@ def test_fewer_rows_on_resume_are_refused(privzoo, tmp_path):
     assert (code, "num_examples=40" in output) == (2, True), output
 
 
+@pytest.mark.sweep
 def test_another_tokenizer_on_resume_is_another_configuration(privzoo_on_few_rows, tmp_path):
     """The rows are encoded otherwise: draws and noise must be fresh, and the lost release is paid again."""
     import shutil

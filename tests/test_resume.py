@@ -126,7 +126,7 @@ def two_phases(privzoo, tmp_path_factory):
 @pytest.mark.parametrize(
     "kill",
     [
-        pytest.param(("fsync ledger.jsonl", 4, "after"), id="before the boundary"),
+        pytest.param(("fsync ledger.jsonl", 4, "after"), id="before the boundary", marks=pytest.mark.sweep),
         pytest.param(("replace last.ckpt", 2, "after"), id="at the boundary", marks=pytest.mark.sweep),
         pytest.param(("fsync ledger.jsonl", 5, "after"), id="behind the boundary", marks=pytest.mark.sweep),
         pytest.param(("fsync ledger.jsonl", 7, "after"), id="within the second phase"),
@@ -240,7 +240,9 @@ def interrupted(privzoo, tmp_path, number: int) -> tuple[int, str]:
     return answer
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.sweep)]
+)
 def test_ctrl_c_and_sigterm_end_with_a_checkpoint(privzoo, tmp_path, number, expected):
     code, output = interrupted(privzoo, tmp_path, number)
     assert code == expected, output

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ["epochs=0.1", "batch_size=100", "microbatch_size=50", "trainer.accelerator=cpu", "trainer.validate_every=3"]
+QUICK = ["epochs=0.8", "batch_size=100", "microbatch_size=50", "trainer.accelerator=cpu", "trainer.validate_every=3"]
+
+
+@pytest.fixture(scope="module")
+def privzoo(privzoo_on_few_rows):
+    return privzoo_on_few_rows
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_steps_are_releases_are_ledger_lines(finished):
     record, card = read(run, "result.json"), read(run, "privacy.json")
     lines = (run / "ledger.jsonl").read_text().splitlines()
     assert record["steps"] == record["steps_planned"] == len(lines) == card["releases_charged"] == 8
-    assert record["steps"] == math.ceil(0.1 * record["num_examples"] / 100)
+    assert record["steps"] == math.ceil(0.8 * record["num_examples"] / 100)
     assert record["state"] == "finished"
 
 
@@ -131,8 +136,8 @@ def test_the_table_at_the_end(finished):
 )
 @pytest.mark.parametrize("method", ["dp_full", pytest.param("dp_bitfit", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("eps", ["8", pytest.param("inf", marks=pytest.mark.sweep)])
-def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model, method, eps):
-    code, output = privzoo_on_few_rows(
+def test_every_task_with_every_method(privzoo, tmp_path, task, model, method, eps):
+    code, output = privzoo(
         f"task={task}", f"method={method}", f"eps={eps}", "epochs=0.8", "batch_size=100", "microbatch_size=100",
         "trainer.accelerator=cpu", f"output_dir={tmp_path}",
     )  # fmt: skip
@@ -154,9 +159,9 @@ def test_every_task_with_every_method(privzoo_on_few_rows, tmp_path, task, model
     ],
     ids=lambda argv: " ".join(argv),
 )  # fmt: skip
-def test_the_other_methods_and_the_score_again(privzoo_on_few_rows, tmp_path, argv):
+def test_the_other_methods_and_the_score_again(privzoo, tmp_path, argv):
     """`evaluate` on the saved model gives what the run gave, in the run's precision and on its 4-bit base."""
-    code, output = privzoo_on_few_rows(
+    code, output = privzoo(
         *argv, "epochs=0.4", "batch_size=100", "microbatch_size=100", "trainer.accelerator=cpu", f"output_dir={tmp_path}"
     )
     assert code == 0, output
@@ -165,28 +170,26 @@ def test_the_other_methods_and_the_score_again(privzoo_on_few_rows, tmp_path, ar
     assert record["state"] == "finished"
     assert (run / "merged" / "config.json").exists() is ("method.merge=true" in argv)
     metrics = {key.removeprefix("metric/"): value for key, value in record.items() if key.startswith("metric/")}
-    code, output = privzoo_on_few_rows(f"run={run}", module="privzoo.evaluate")
+    code, output = privzoo(f"run={run}", module="privzoo.evaluate")
     assert code == 0, output
     for name, value in metrics.items():
         row = next(line for line in output.splitlines() if name in line)
         assert row.count(f"{value:.6g}") == 2, row
 
 
-def test_a_sweep_is_two_runs(privzoo_on_few_rows, tmp_path):
-    code, output = privzoo_on_few_rows("-m", "eps=3,inf", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
+def test_a_sweep_is_two_runs(privzoo, tmp_path):
+    code, output = privzoo("-m", "eps=3,inf", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
     assert code == 0, output
     runs = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert sorted(read(run, "result.json")["epsilon_target"] or 0 for run in runs) == [0, 3]
-    code, output = privzoo_on_few_rows(str(tmp_path), module="privzoo.reporting.display")
+    code, output = privzoo(str(tmp_path), module="privzoo.reporting.display")
     assert code == 0
     assert "dp_bitfit" in output
 
 
-def test_a_test_seed_marks_everything_not_private(privzoo_on_few_rows, tmp_path):
+def test_a_test_seed_marks_everything_not_private(privzoo, tmp_path):
     """PRIVACY 36."""
-    code, output = privzoo_on_few_rows(
-        "privacy.noise_seed=1", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}"
-    )
+    code, output = privzoo("privacy.noise_seed=1", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}")
     assert code == 0
     (run,) = tmp_path.iterdir()
     record, card = read(run, "result.json"), read(run, "privacy.json")
@@ -197,12 +200,12 @@ def test_a_test_seed_marks_everything_not_private(privzoo_on_few_rows, tmp_path)
     assert card["statement"].startswith("NOT PRIVATE")
 
 
-def test_two_private_runs_share_nothing_but_their_seed(privzoo_on_few_rows, tmp_path):
+def test_two_private_runs_share_nothing_but_their_seed(privzoo, tmp_path):
     """PRIVACY 36: the published seed fixes neither draws nor noise."""
     draws = []
     for name in ("a", "b"):
         file = tmp_path / f"{name}.draws"
-        code, output = privzoo_on_few_rows(
+        code, output = privzoo(
             "seed=0", "epochs=0.8", "trainer.accelerator=cpu", f"output_dir={tmp_path}/{name}", draws=str(file)
         )
         assert code == 0, output

@@ -4,8 +4,8 @@ import os
 import pickle
 import socket
 import struct
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,49 +211,38 @@ def run(folder, steps, finish=True, **options):
 _WANDB = f"SECRET, PUBLIC = {SECRET!r}, {PUBLIC!r}\n" + _WANDB
 
 
-def wandb_process(folder, code, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **environment):
-    """Starts `code` after _WANDB."""
+def wandb_process(zygote, folder, code, terminal="", **environment):
+    """Exit code and output of `code` after _WANDB."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
     clean |= {"HOME": str(home), "CI": ""} | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", _WANDB + code],
-        cwd=folder, env=clean, stdin=stdin, stdout=stdout, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return zygote(script=_WANDB + code, folder=str(folder), environment=clean, terminal=terminal)
 
 
-def on_a_terminal(folder, code):
+def on_a_terminal(zygote, folder, code):
     """What `code` prints whose input and output are a terminal."""
     ours, theirs = os.openpty()
-    process, text = wandb_process(folder, code, stdin=theirs, stdout=theirs), ""
+    exit_code, _ = wandb_process(zygote, folder, code, terminal=os.ttyname(theirs))
+    os.set_blocking(ours, False)  # nothing printed is an error, not a wait
+    text = os.read(ours, 65536).decode()
     os.close(theirs)
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux's way of saying that the other end is closed
-            break
-        if not piece:
-            break
-        text += piece.decode()
     os.close(ours)
-    assert process.wait(timeout=120) == 0, text
+    assert exit_code == 0, text
     return text
 
 
 @pytest.fixture(scope="module")
-def without_a_server(tmp_path_factory):
+def without_a_server(second_zygote, tmp_path_factory):
     """A run that looks for a server in vain, started before the other test with W&B: both wait more than they reckon."""
     folder = tmp_path_factory.mktemp("without_a_server")
-    process = wandb_process(
-        folder,
+    code = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "began = time.monotonic(); run('plain', (1,)); print('seconds', time.monotonic() - began)\n",
-        WANDB_API_KEY="a" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9",
+        "began = time.monotonic(); run('plain', (1,)); print('seconds', time.monotonic() - began)\n"
     )
-    yield folder, process
-    process.kill()
+    server = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    with ThreadPoolExecutor(1) as pool:
+        yield folder, pool.submit(wandb_process, second_zygote, folder, code, **server)
 
 
 def segments(folder):
@@ -261,8 +250,9 @@ def segments(folder):
 
 
 @pytest.mark.usefixtures("without_a_server")
-def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_out(tmp_path):
+def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_out(zygote, tmp_path):
     printed = on_a_terminal(
+        zygote,
         tmp_path,
         "run('plain', (1, 2), finish=False)\n"  # breaks off; the next run must not be handed its W&B run
         "run('open', (1, 2), private=True)\n"
@@ -293,9 +283,9 @@ def test_wandb_offline_never_asks_is_quiet_and_keeps_private_names_and_output_ou
 
 
 def test_wandb_without_a_server_goes_on_offline(without_a_server):
-    folder, process = without_a_server
-    printed = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == 0, printed
+    folder, running = without_a_server
+    code, printed = running.result(timeout=120)
+    assert code == 0, printed
     assert "going on offline" in printed
     assert float(printed.split("seconds ")[1].split()[0]) < 20
     assert len(segments(folder / "plain")) == 1

@@ -8,10 +8,12 @@ On each connection it reads one JSON request a line and answers one JSON line.
 A request: {"module": "privzoo.train", "argv": […]}, and where wanted
 "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}, "draws": a file, "started": a file for the process id,
 "folder": where the command starts and looks for modules, "rows": {"train": 1000, "validation": 100}, the first rows of the
-toy data. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn ledger.jsonl" leaves half
+toy data, "script": Python to run in place of a module, "environment": all of it, "terminal": a device to read from and write
+to. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn ledger.jsonl" leaves half
 a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
 """
 
+import atexit
 import gc
 import hashlib
 import importlib.metadata
@@ -146,8 +148,13 @@ def shorten_toy_data(rows: dict[str, int]) -> None:
 
 def child(request: dict, output: int) -> None:
     os.setsid()
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    terminal = request.get("terminal")
+    os.dup2(os.open(terminal or os.devnull, os.O_RDWR), 0)
+    os.dup2(0 if terminal else output, 1)
+    os.dup2(1, 2)
+    if request.get("environment"):
+        os.environ.clear()
+        os.environ.update(request["environment"])
     sys.argv = [request["module"], *request["argv"]]
     if request.get("folder"):
         os.chdir(request["folder"])
@@ -159,7 +166,11 @@ def child(request: dict, output: int) -> None:
     if request.get("kill"):
         install_kill(**request["kill"])
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        if request.get("script"):
+            exec(request["script"], {"__name__": "__main__"})
+            atexit._run_exitfuncs()
+        else:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
