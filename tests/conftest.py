@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,9 @@ LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 def shared_folder() -> Path:
     return Path(os.environ.get("PRIVZOO_SHARED", REPOSITORY.parent / "shared")).absolute()
+
+
+runpy.run_path(str(REPOSITORY / "tests" / "parse_once.py"))["parse_once"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:

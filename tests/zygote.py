@@ -29,6 +29,8 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TextIO
 
+from parse_once import parse_once
+
 
 def install_kill(at: str, count: int, when: str) -> None:
     """SIGKILL this process at the count-th matching call, before or after it takes effect."""
@@ -195,6 +197,7 @@ def main() -> None:
     gc.disable()  # what is imported stays
     epsilons = Path(os.environ["PRIVZOO_CACHE"], "epsilons")
     epsilons.mkdir(exist_ok=True)
+    parse_once()
     remember_packages()
     remember_epsilons(epsilons)  # before others import them by name
     for name in IMPORTED:
