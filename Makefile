@@ -39,7 +39,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m sweep
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_remade_models.py tests/test_mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/test_mutants.py tests/test_remade_models.py
 
 # From the run records in paper_tables/, a folder a table.
 tables: setup

@@ -31,6 +31,7 @@ def shared_folder() -> Path:
     return Path(os.environ.get("PRIVZOO_SHARED", REPOSITORY.parent / "shared")).absolute()
 
 
+collect_ignore = ["zygote.py", "parse_once.py"]
 runpy.run_path(str(REPOSITORY / "tests" / "parse_once.py"))["parse_once"]()
 
 
@@ -175,8 +176,23 @@ class Zygote:
         return answer["code"], answer["output"]
 
 
+class ForkedHere:
+    """The same where the process of the tests is itself forked from one that has imported everything, with a changed
+    privzoo."""
+
+    def __init__(self) -> None:
+        self.run_in_a_child = runpy.run_path(str(REPOSITORY / "tests" / "zygote.py"))["run_in_a_child"]
+
+    def __call__(self, *argv: str, module: str = "privzoo.train", **request: object) -> tuple[int, str]:
+        answer = self.run_in_a_child({"module": module, "argv": argv, **request})
+        return answer["code"], answer["output"]
+
+
 @pytest.fixture(scope="session")
 def zygote(request: pytest.FixtureRequest):
+    if "PRIVZOO_MUTANT" in os.environ:
+        yield ForkedHere()
+        return
     folder = zygote_folder(request.config)
     folder.mkdir(exist_ok=True)
     zygote = Zygote(folder)

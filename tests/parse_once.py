@@ -8,7 +8,7 @@ import yaml
 
 
 def parse_once() -> None:
-    """Saves a third of a composition. What is parsed is never changed, and of the content of a yaml file everyone gets a copy."""
+    """Saves a third of a composition. What is parsed is never changed; of a yaml file's content everyone gets a copy."""
     remembered = cache(omegaconf.grammar_parser.parse)
     for module in (omegaconf.base, omegaconf._utils, omegaconf.resolvers.oc):
         module.parse = remembered

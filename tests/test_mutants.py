@@ -6,6 +6,7 @@ from a mutated copy of src.
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -80,7 +81,14 @@ def zygote():
     started.close()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def of_one_file() -> list:
+    """All that break tests of one file go to one worker, which runs these tests once without a mutant; most come first."""
+    files = [mutant.tests[0].split("::")[0] for mutant in MUTANTS]
+    ordered = sorted(zip(files, MUTANTS, strict=True), key=lambda pair: (-files.count(pair[0]), pair[0]))
+    return [pytest.param(mutant, id=mutant.name, marks=pytest.mark.xdist_group(file)) for file, mutant in ordered]
+
+
+@pytest.mark.parametrize("mutant", of_one_file())
 def test_mutant_is_caught(zygote: Zygote, mutant) -> None:
     """Each test of the mutant passes as the code is, and fails under the mutant for a reason of its own."""
     count = (REPOSITORY / "src/privzoo" / mutant.file).read_text().count(mutant.old)
@@ -156,6 +164,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
             compiled.unlink()
     sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)  # for processes that the test starts
+    os.environ["PRIVZOO_MUTANT"] = "1"  # for tests/conftest.py
     import privzoo
 
     assert Path(privzoo.__file__).is_relative_to(copy), f"privzoo comes from {privzoo.__file__}"
@@ -203,18 +212,21 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    import dp_accounting.pld
-    import lightning.pytorch
-    import opacus.accountants
-    import scipy.optimize
-    import scipy.stats
-    import torch
-    import transformers
+IMPORTED = (
+    "bitsandbytes", "dp_accounting.pld", "lightning.pytorch", "opacus.accountants", "pandas", "peft", "pyarrow.csv",
+    "pyarrow.parquet", "scipy.optimize", "scipy.stats", "torch", "transformers", "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.vit.modeling_vit",
+)  # fmt: skip
 
-    assert all((dp_accounting, lightning, opacus, scipy, torch, transformers))
+
+def main() -> None:
+    gc.disable()
+    for name in IMPORTED:
+        importlib.import_module(name)
     assert "privzoo" not in sys.modules
     gc.freeze()  # what is imported stays shared with the children
+    gc.enable()
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(answer(json.loads(line), Path(folder))), flush=True)

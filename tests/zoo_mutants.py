@@ -3,7 +3,7 @@
 CONTRACT, ADAPTERS = "tests/methods/test_contract.py::test_", "tests/models/test_adapters.py::test_"
 QUANTIZATION, COMPOSITION = "tests/models/test_quantization.py::test_", "tests/test_composition.py::test_"
 SPLITS, IDENTITY = "tests/tasks/test_splits.py::test_", "tests/test_identity.py::test_what_a_users_method_imports_counts"
-TRAINABLE, RESUME = "tests/methods/test_trainable.py::test_", "tests/test_resume.py::test_"
+TRAINABLE = "tests/methods/test_trainable.py::test_"
 BASE_PY, TRAINABLE_PY, CONFIG_PY = "methods/base.py", "methods/trainable.py", "config.py"
 ADAPTERS_PY, QUANTIZATION_PY = "models/adapters.py", "models/quantization.py"
 TWO_PHASES = CONTRACT + "the_twin_is_ordinary_training[dp_bitfit_two_phase]"
@@ -27,7 +27,7 @@ ZOO_MUTANTS = [
     ("evaluate scores in another precision", "24", "evaluate.py", "score(task, model.to(device), cfg, device)",
      'score(task, model.to(device), OmegaConf.merge(cfg, {"trainer": {"precision": "32-true"}}), device)',
      ("tests/test_run.py::test_the_other_methods_and_the_score_again"
-      "[task=toy_images method=dp_lora trainer.precision=bf16-mixed]",)),
+      "[task=toy_text method=dp_head trainer.precision=bf16-mixed]",)),
     ("quantised weights are chosen with the floats", "16", TRAINABLE_PY, 'pattern == "all" or parameter.is_floating_point()',
      "True", (TRAINABLE + "a_quantised_base_is_not_trained_itself",)),
     ("later phases count the first one's batch", "24", "privacy/plan.py", "drawn + taken * phase.batch_size",
@@ -37,7 +37,7 @@ ZOO_MUTANTS = [
     ("one lr for all phases", "24", "methods/schedule.py", "self.highest[setting.phase] *", "self.highest[0] *",
      (TWO_PHASES,)),
     ("a resumed run is in the first phase", "35", BASE_PY, "        if start:\n", "        if False:\n",
-     (RESUME + "two_phases_are_one_account_on_both_sides_of_the_boundary[within the second phase]",)),
+     (CONTRACT + "goes_on_from_a_checkpoint[dp_bitfit_two_phase]",)),
     ("phases of any length", "24", CONFIG_PY, "or (left > 0) != (None in given) or left < 0", "",
      (COMPOSITION + "phases_must_come_to_the_epochs",)),
     ("one clip norm for all phases", "6", CONFIG_PY, 'float(phase.get("clip_norm", cfg.clip_norm))', "float(cfg.clip_norm)",

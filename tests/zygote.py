@@ -29,8 +29,6 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TextIO
 
-from parse_once import parse_once
-
 
 def install_kill(at: str, count: int, when: str) -> None:
     """SIGKILL this process at the count-th matching call, before or after it takes effect."""
@@ -154,6 +152,7 @@ def child(request: dict, output: int) -> None:
     os.dup2(os.open(terminal or os.devnull, os.O_RDWR), 0)
     os.dup2(0 if terminal else output, 1)
     os.dup2(1, 2)
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__  # where pytest put its own
     if request.get("environment"):
         os.environ.clear()
         os.environ.update(request["environment"])
@@ -194,6 +193,8 @@ IMPORTED = (
 
 
 def main() -> None:
+    from parse_once import parse_once
+
     gc.disable()  # what is imported stays
     epsilons = Path(os.environ["PRIVZOO_CACHE"], "epsilons")
     epsilons.mkdir(exist_ok=True)
@@ -226,19 +227,21 @@ def main() -> None:
         connection.close()
 
 
+def run_in_a_child(request: dict) -> dict:
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            child(request, output.fileno())
+        if request.get("started"):  # the caller wants to send signals
+            Path(request["started"]).write_text(str(pid))
+        _, status = os.waitpid(pid, 0)
+        output.seek(0)
+        return {"code": os.waitstatus_to_exitcode(status), "output": output.read().decode(errors="replace")}
+
+
 def answer(stream: TextIO) -> None:
     for line in stream:
-        request = json.loads(line)
-        with tempfile.TemporaryFile() as output:
-            pid = os.fork()
-            if pid == 0:
-                child(request, output.fileno())
-            if request.get("started"):  # the caller wants to send signals
-                Path(request["started"]).write_text(str(pid))
-            _, status = os.waitpid(pid, 0)
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-        stream.write(json.dumps({"code": os.waitstatus_to_exitcode(status), "output": text}) + "\n")
+        stream.write(json.dumps(run_in_a_child(json.loads(line))) + "\n")
         stream.flush()
 
 

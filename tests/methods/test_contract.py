@@ -162,12 +162,14 @@ def test_goes_on_from_a_checkpoint(method, bases, tmp_path):
     """PRIVACY line 35: what a method needs to go on is in the checkpoint, and the end is that of the whole run."""
     architecture = "mistral" if "new biases" in method else "roberta"
     straight = make(method, architecture, bases(architecture))
-    straight.fit_and_save(1, tmp_path / "last.ckpt")
+    steps = straight.method.mechanism.plan.steps
+    at = steps - steps // 2  # in the second phase where there is one
+    straight.fit_and_save(at, tmp_path / "last.ckpt")
     end = straight.recorder.weights[-1]
     assert any(not torch.equal(value, straight.recorder.weights[0][name]) for name, value in end.items())
     resumed = make(method, architecture, bases(architecture))
-    resumed.fit(1, tmp_path / "last.ckpt")
-    assert len(resumed.recorder.weights) == len(straight.recorder.weights) - 1
+    resumed.fit(at, tmp_path / "last.ckpt")
+    assert len(resumed.recorder.weights) == steps - at
     assert all(torch.equal(value, end[name]) for name, value in resumed.recorder.weights[-1].items())
 
 
