@@ -171,7 +171,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
     options = [
         "-q",
         "--no-header",
-        "--tb=short",
+        "--tb=native",
         "-p",
         "no:unraisableexception",
         "-o",
@@ -213,10 +213,10 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, object]:
 
 
 IMPORTED = (
-    "bitsandbytes", "dp_accounting.pld", "lightning.pytorch", "opacus.accountants", "pandas", "peft", "pyarrow.csv",
-    "pyarrow.parquet", "scipy.optimize", "scipy.stats", "torch", "transformers", "transformers.models.auto.modeling_auto",
-    "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.vit.modeling_vit",
+    "bitsandbytes", "dp_accounting.pld", "hydra.compose", "hydra.utils", "lightning.pytorch", "opacus.accountants", "pandas",
+    "peft", "pyarrow.csv", "pyarrow.parquet", "scipy.optimize", "scipy.stats", "torch", "transformers",
+    "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.vit.modeling_vit",
 )  # fmt: skip
 
 
