@@ -296,6 +296,8 @@ CALLBACK_MUTANTS = [
            "[*self.plan.releases(count), *self.paid_twice]",
            "self.plan.releases(min(self.plan.steps, count + sum(n for _, n in self.paid_twice)))",
            (CURVES + "it_never_understates[3-a dear phase first]",)),
+    Mutant("a release's own time", "34", "curves.py", 'float(f"{speed:.2g}")', "speed",
+           ("tests/methods/test_first_order.py::test_the_speed_of_a_curve_has_two_digits",)),
     Mutant("a release that is made again is paid twice", "35", "privacy/callback.py",
            "if entry.digest == digest}", "if False}",
            (AFFORDABLE + "releases_paid_for_are_not_paid_again",)),

@@ -28,6 +28,8 @@ QUERY_MUTANTS = [
      "clip_factors(torch.linalg.vector_norm(slopes.sum(0)).expand(len(slopes)), clip_norm)[:, None]", (QUERY,)),
     ("slopes not clipped", "5", ZEROTH_PY, FACTORS,
      "clip_factors(torch.linalg.vector_norm(slopes, ord=order, dim=1), math.inf)[:, None]", (ONE_MORE, PAIRS, NEIGHBOURS)),
+    ("an example moves the sum by 2C, and C is accounted", "31", ZEROTH_PY, FACTORS,
+     FACTORS.replace("clip_norm", "2 * clip_norm"), (ONE_MORE, PAIRS, NEIGHBOURS)),
     ("each of K slopes clipped alone", "5", ZEROTH_PY, FACTORS, "clip_factors(slopes.abs(), clip_norm)",
      (f"{ONE_MORE}[3]", f"{PAIRS}[3]")),
     ("slopes normalised", "5", ZEROTH_PY, FACTORS, "(clip_norm / slopes.norm(dim=1))[:, None]",

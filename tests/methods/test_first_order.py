@@ -1,15 +1,19 @@
 """One release, as a first-order method makes it, through a real Trainer and private_loader."""
 
+import csv
 import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted
 from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.sampling import LogicalBatch
 from privzoo.privacy.streams import RunKey
+from privzoo.run_loggers import build_loggers
 
 SGD = torch.optim.SGD
 
@@ -285,3 +289,18 @@ def test_units_of_several_rows_are_refused(make_run, plans):
     run.method.task.unit_of_row = lambda batch: torch.zeros(len(batch["labels"]), dtype=torch.long)
     with pytest.raises(UserError, match="units of several rows"):
         run.method.query(run.batches[0])
+
+
+def test_the_speed_of_a_curve_has_two_digits(make_run, plans, tmp_path):
+    """PRIVACY line 34: a release's own time would tell how many rows were drawn."""
+
+    class Logged(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.loggers = build_loggers(tmp_path, {})
+
+    plan = plans()
+    make_run(plan).fit(callbacks=[Logged(), Curves(EpsilonCurve(plan))])
+    with (tmp_path / "metrics.csv").open(newline="") as stream:
+        speeds = [row["examples_per_s"] for row in csv.DictReader(stream)]
+    assert len(speeds) == plan.steps
+    assert [float(speed) for speed in speeds] == [float(f"{float(speed):.2g}") for speed in speeds]
