@@ -216,10 +216,14 @@ class Book:
                 sums[name].view(-1).addmv_(matrix, weights)
             else:
                 sums[name] = torch.mv(matrix, weights).view(shape)
-        while self.pairs:
-            name, pairs = self.pairs.popitem()
+        for name in sorted(self.pairs, key=self._grows_by):  # at the peak, each sum stands beside what is still kept
+            pairs = self.pairs.pop(name)
             while pairs:
                 self._add_pair_to(sums, name, pairs.pop(), factors, masked)
+
+    def _grows_by(self, name: str) -> int:
+        """Numbers that a new sum takes beyond those that its pairs give back; a table's takes most."""
+        return self.shapes[name][0].numel() - sum(p.gradient.numel() + p.activation.numel() for p in self.pairs[name])
 
     def _add_pair_to(self, sums: dict[str, Tensor], name: str, pair: Pair, factors: Tensor, masked: Tensor | None) -> None:
         shape, dtype = self.shapes[name]
