@@ -306,8 +306,11 @@ CALLBACK_MUTANTS = [
 ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py")))["ENGINE_MUTANTS"]
 CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
 ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
+DROPOUT_MUTANTS = runpy.run_path(str(Path(__file__).with_name("dropout_mutants.py")))["DROPOUT_MUTANTS"]
 ZEROTH_ORDER_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zeroth_order_mutants.py")))["ZEROTH_ORDER_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
-    *(Mutant(*fields) for fields in [*ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *ZEROTH_ORDER_MUTANTS]),
+    *(Mutant(*fields) for fields in [
+        *ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *DROPOUT_MUTANTS, *ZEROTH_ORDER_MUTANTS,
+    ]),
 ]  # fmt: skip

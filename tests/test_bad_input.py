@@ -57,15 +57,16 @@ def refused(privzoo, tmp_path: Path, *argv: str) -> str:
         ("data_root=/nowhere", "/nowhere"),
         ("method.trainable=nothing_matches", "nothing_matches"),
         ("method.schedule=cosine", "cosine"),
-        ("model.dropout=0.1", "model.dropout=0"),
+        ("model.dropout=1", "0 <= model.dropout < 1"),
         ("model.dropout=some", "model.dropout"),
         ("task.max_length=long", "task.max_length=long"),
         ("trainer.accelerator=mps", "trainer.accelerator=mps is not to be had here"),
         ("privacy.noise_multiplier=1", "eps=null"),
+        ("model.dropout=0.1 trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing=false, or model.dropout"),
     ],
 )
 def test_a_wrong_value(privzoo, tmp_path, override, hint):
-    assert hint in refused(privzoo, tmp_path, *QUICK, override)
+    assert hint in refused(privzoo, tmp_path, *QUICK, *override.split())
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def test_every_task_with_every_method(privzoo, tmp_path, task, model, method, ep
 @pytest.mark.parametrize(
     "argv",
     [
-        ("task=toy_images", "method=dp_lora", "trainer.precision=bf16-mixed"),
+        ("task=toy_images", "method=dp_lora", "trainer.precision=bf16-mixed", "model.dropout=0.1",
+         "method.adapter.tuner.lora_dropout=0.1"),
         ("task=toy_text", "method=dp_head", "trainer.precision=bf16-mixed"),
         ("task=toy_lm", "method=dp_qlora", "method.merge=true", "trainer.gradient_checkpointing=true"),
         ("task=toy_text", "method=dpzero", "model.quantization=nf4", "method.smoothing=0.1", "clip_norm=50"),

@@ -48,17 +48,23 @@ class Texts:
         return F.cross_entropy(logits, batch["labels"], reduction="none") * batch["strength"].to(logits.dtype)
 
 
-def encoder():
+def encoder(dropout=0.0):
     """A float64 BERT of two narrow layers, every parameter of it drawn (a bias that is 0 hides mistakes)."""
     torch.manual_seed(4)
     config = hf.BertConfig(
         vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3,
-        max_position_embeddings=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
+        max_position_embeddings=6, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0, initializer_range=0.3,
     )  # fmt: skip
     model = hf.BertForSequenceClassification(config).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+@pytest.fixture
+def bert():
+    """`bert(dropout=0.5)`: the same encoder, with dropout of its hidden states."""
+    return encoder
 
 
 class Recorder(Callback):

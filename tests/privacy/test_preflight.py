@@ -162,14 +162,22 @@ def test_modules_that_mix_examples(name):
         refuse_coupling_modules(model)
 
 
-@pytest.mark.parametrize(
-    "kind", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
-)
-def test_dropout(kind):
-    """PRIVACY line 28: this version has no masks keyed by example, so dropout is off or refused."""
-    refuse_coupling_modules(nn.Sequential(kind(0.0)))
-    with pytest.raises(UserError, match=r"0 has dropout p=0\.1, expected 0"):
+@pytest.mark.parametrize("kind", [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropout_of_other_kinds(kind):
+    """PRIVACY line 28: their masks are not keyed by example, so they are off or refused."""
+    refuse_coupling_modules(nn.Sequential(kind(0.0), nn.Dropout(0.1)))
+    with pytest.raises(UserError, match=rf"0 is a {kind.__name__} with p=0\.1, whose masks"):
         refuse_coupling_modules(nn.Sequential(kind(0.1)))
+
+
+def test_dropout_beside_gradient_checkpointing():
+    """PRIVACY line 28: a layer that is computed again in the backward pass would have other masks."""
+    model = nn.Sequential(nn.Dropout(0.1))
+    model.gradient_checkpointing = True
+    with pytest.raises(UserError, match=r"set trainer\.gradient_checkpointing=false, or model\.dropout"):
+        refuse_coupling_modules(model)
+    model[0].p = 0.0
+    refuse_coupling_modules(model)
 
 
 SMALL = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,

@@ -16,6 +16,7 @@ from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.optimizers import has_modes, make_optimizer
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
+from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
@@ -85,6 +86,7 @@ class PrivateMethod(LightningModule):
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task
         self.mechanism = mechanism
+        self.dropout = DropoutByExample(self.model, mechanism.key, mechanism.digest)
         phases = phases or [{}] * len(mechanism.plan.phases)
         if len(phases) != len(mechanism.plan.phases):
             raise UserError(f"The plan has {len(mechanism.plan.phases)} phases, the method {len(phases)}: give it the same.")
@@ -151,7 +153,8 @@ class PrivateMethod(LightningModule):
                 "The task has units of several rows, but rows are drawn one by one in this version: one unit would move the "
                 "sum by more than clip_norm; take one row a unit."
             )
-        losses = self.task.losses(self.model, on_device)
+        with self.dropout.of(micro_batch):
+            losses = self.task.losses(self.model, on_device)
         rows = getattr(micro_batch, "rows", None)  # of a draw; the pre-flight counts for itself
         if rows is not None and losses.shape != (rows,):
             raise UserError(

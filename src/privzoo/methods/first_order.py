@@ -133,5 +133,7 @@ class FirstOrder(PrivateMethod):
 
         for number, phase in enumerate(self.mechanism.plan.phases):
             self.start_phase(number)
-            check_engine(self.engine, self.model, losses, rows, self.task.collate, phase.clip_norm)
+            check_engine(
+                self.engine, self.model, losses, rows, self.dropout.naming(self.task.collate, rows), phase.clip_norm
+            )
         self.start_phase(0)

@@ -38,6 +38,7 @@ _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the m
 # What transformers, safetensors and torch raise for files that are missing, cut short or not what their name says.
 _BAD_FILES = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _DROPOUT_NAMES = ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")
+_ALWAYS_OFF = ("att", "drop_path", "layerdrop")  # masks that hang on padding, or leave out a layer for all rows at once
 
 
 @dataclass
@@ -45,7 +46,7 @@ class LoadedModel:
     """A model that is ready to be fine-tuned or evaluated.
 
     Attributes:
-        model: a transformers model in evaluation mode, every dropout set to the value asked for.
+        model: a transformers model in evaluation mode, dropout of its hidden states set to the value asked for.
         processor: its tokenizer (padding on the right, with a pad token) or its PIL image processor.
         new_head: names, as in `model.named_parameters()`, of what the checkpoint did not hold and was drawn afresh;
             a method that trains a part only (BiTFiT) trains these as well. Never part of the model's body.
@@ -78,7 +79,8 @@ def load(
         kind: "sequence_classification", "causal_lm" or "image_classification".
         num_labels: size of the classification head; None keeps the checkpoint's. Means nothing to "causal_lm".
         dtype: name of a floating type of torch; what the file holds is converted.
-        dropout: probability in [0, 1) that every dropout of the model gets.
+        dropout: probability in [0, 1) that every dropout of hidden states gets; those of attention probabilities and of
+            whole layers or paths are 0 whatever it is.
         seed: of the new head.
         pooling: "mean" puts a linear head on the mean of the last hidden states, for encoders that were trained to embed
             a sentence by it; None takes the architecture's own head (for BERT, one on the first token). For
@@ -240,13 +242,13 @@ def _check_can_be_pooled(path: str, config: PretrainedConfig, kind: str) -> None
 
 
 def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
-    """Sets every dropout field, whatever the architecture calls it, in nested configurations too."""
+    """Sets every dropout field, whatever the architecture calls it, in nested configurations too; some to 0 always."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _set_dropout(value, dropout)
         # None means "as another field" (classifier_dropout); booleans are switches, not probabilities.
         elif (value is None or type(value) in (int, float)) and any(part in name for part in _DROPOUT_NAMES):
-            setattr(config, name, dropout)
+            setattr(config, name, 0.0 if any(part in name for part in _ALWAYS_OFF) else dropout)
 
 
 def _processor(source: str, kind: str, config: PretrainedConfig, options: dict) -> Any:

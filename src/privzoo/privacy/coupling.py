@@ -9,10 +9,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from privzoo.errors import UserError
+from privzoo.privacy.dropout import drops
 
 
 def refuse_coupling_modules(model: nn.Module, longest: int | None = None) -> None:
-    """Refuse modules whose output for one example depends on others, frozen or not, and dropout.
+    """Refuse modules whose output for one example depends on others, frozen or not, and dropout that cannot be keyed.
 
     The pre-flight's comparisons see a few rows; what these modules do may hang on rows that no run has seen yet.
 
@@ -21,16 +22,22 @@ def refuse_coupling_modules(model: nn.Module, longest: int | None = None) -> Non
     Raises:
         UserError: naming the module.
     """
+    dropping = drops(model)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats):
             raise UserError(
                 f"{name} is a {type(module).__name__}: its statistics mix examples, so no example's influence is bounded; "
                 "replace it by GroupNorm or LayerNorm."
             )
-        if isinstance(module, _DropoutNd) and module.p > 0:
+        if isinstance(module, _DropoutNd) and type(module) is not nn.Dropout and module.p > 0:
             raise UserError(
-                f"{name} has dropout p={module.p:g}, expected 0 in this version: set model.dropout=0, and an adapter's own "
-                "(method.adapter.tuner.lora_dropout) to 0."
+                f"{name} is a {type(module).__name__} with p={module.p:g}, whose masks are not keyed by example: set it to "
+                "0, or take nn.Dropout."
+            )
+        if dropping and getattr(module, "gradient_checkpointing", False):
+            raise UserError(
+                f"{type(module).__name__} computes its layers a second time for gradients, where dropout would have other "
+                "masks: set trainer.gradient_checkpointing=false, or model.dropout and an adapter's own to 0."
             )
         for limit in _lengths_at_which_positions_change(module):
             if longest is None or longest > limit:

@@ -15,11 +15,18 @@ MicroBatch = dict[str, Tensor]
 
 
 class DrawnRows(dict[str, Tensor]):
-    """A micro-batch that remembers how many rows it is of, whatever was made of them."""
+    """A micro-batch that remembers how many rows it is of, whatever was made of them, and which.
 
-    def __init__(self, collated: MicroBatch, rows: int) -> None:
+    Args:
+        collated: what the task made of the rows.
+        rows: how many.
+        release: that they were drawn for.
+        examples: their numbers in the training split.
+    """
+
+    def __init__(self, collated: MicroBatch, rows: int, release: int, examples: Sequence[int]) -> None:
         super().__init__(collated)
-        self.rows = rows
+        self.rows, self.release, self.examples = rows, release, examples
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,15 @@ class PoissonBatches(Dataset[LogicalBatch]):
         return self.draws.plan.steps
 
     def __getitem__(self, release: int) -> LogicalBatch:
-        drawn = [self.rows[int(i)] for i in self.draws(release)]
-        drawn.sort(key=self.length, reverse=True)
+        drawn = [(int(i), self.rows[int(i)]) for i in self.draws(release)]
+        drawn.sort(key=lambda each: self.length(each[1]), reverse=True)
         starts = range(0, len(drawn), self.microbatch_size)
         parts = [drawn[i : i + self.microbatch_size] for i in starts]
-        return LogicalBatch(release, tuple(DrawnRows(self.collate(part), len(part)) for part in parts))
+        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts))
+
+    def _micro_batch(self, release: int, part: list[tuple[int, Any]]) -> DrawnRows:
+        collated = self.collate([row for _, row in part])
+        return DrawnRows(collated, len(part), release, [number for number, _ in part])
 
 
 class ReleaseOrder(Sampler[int]):
