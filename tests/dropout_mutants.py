@@ -6,11 +6,12 @@ DROPOUT_PY, COUPLING_PY, SAMPLING_PY = "privacy/dropout.py", "privacy/coupling.p
 
 DROPOUT_MUTANTS = [
     ("torch's own masks", "28 29", "methods/base.py", "with self.dropout.of(micro_batch):", "if micro_batch is not None:",
-     (METHODS + "one_example_less_moves_the_sum", METHODS + "engines_and_micro_batches_agree",
+     (METHODS + "one_example_less_moves_the_sum_by_at_most_c", METHODS + "engines_and_micro_batches_agree",
       METHODS + "both_losses_of_a_slope_see_the_same_masks", METHODS + "preflight_and_resume")),
     ("masks by the place in the micro-batch", "28", DROPOUT_PY,
      "for example in self.rows.examples", "for example in range(len(self.rows.examples))",
-     (MASKS + "an_examples_mask_does_not_hang_on_who_else_is_there", METHODS + "one_example_less_moves_the_sum")),
+     (MASKS + "an_examples_mask_does_not_hang_on_who_else_is_there",
+      METHODS + "one_example_less_moves_the_sum_by_at_most_c")),
     ("examples named by their place in the micro-batch", "28", SAMPLING_PY, "[number for number, _ in part]",
      "list(range(len(part)))", (METHODS + "engines_and_micro_batches_agree",)),
     ("the same masks in every release", "28", DROPOUT_PY, 'stream("dropout", self.rows.release,', 'stream("dropout", 0,',
@@ -38,5 +39,5 @@ DROPOUT_MUTANTS = [
      (PREFLIGHT + "dropout_beside_gradient_checkpointing",)),
     ("attention's dropout set from the configuration", "28", "models/loading.py",
      "0.0 if any(part in name for part in _ALWAYS_OFF) else dropout", "dropout",
-     ("tests/models/test_loading.py::test_every_dropout_but_that_of_attention_is_set[0.25-tiny_encoder",)),
+     ("tests/models/test_loading.py::test_every_dropout_but_that_of_attention_is_set",)),
 ]  # fmt: skip
