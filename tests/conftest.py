@@ -31,7 +31,7 @@ def shared_folder() -> Path:
     return Path(os.environ.get("PRIVZOO_SHARED", REPOSITORY.parent / "shared")).absolute()
 
 
-collect_ignore = ["zygote.py", "parse_once.py"]
+collect_ignore = ["zygote.py", "parse_once.py", "hub_files.py"]
 runpy.run_path(str(REPOSITORY / "tests" / "parse_once.py"))["parse_once"]()
 
 
@@ -218,3 +218,9 @@ def privzoo(zygote: Zygote):
 def privzoo_on_few_rows(zygote: Zygote):
     """The same commands on the first rows of the toy data, which are read and scored in no time."""
     return partial(zygote, rows={"train": 1000, "validation": 100})
+
+
+@pytest.fixture(scope="session")
+def write_hub_files():
+    """See `hub_files.write`."""
+    return runpy.run_path(str(REPOSITORY / "tests" / "hub_files.py"))["write"]

@@ -1,9 +1,14 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional
 
 from privzoo.errors import UserError
 from privzoo.tasks.classification import Classification
+from privzoo.tasks.data import HubData
 
 TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12 w13 w14", "w15 w16"]
 LABELS = [0, 2, 1, 1, 0]
@@ -225,3 +230,50 @@ def test_all_of_sst2_is_tokenised_as_its_tokenizer_does_it(shared):
     # 67,349 rows of about 13 tokens, two int32 fields: a few MB, not one Python object a token
     held = sum(flat.nbytes for flat in task.train._tokens.values())
     assert held == 2 * 4 * sum(map(task.length, task.train))
+
+
+def test_further_splits_are_scored_each_by_itself(tmp_path, bert_tokenizer, bert, batches):
+    """Rows of all of them share micro-batches; only validation's make accuracy and loss."""
+    splits = {"train": "train", "validation": "matched", "other": "mismatched"}
+    source = HubData("some/set", None, "set", splits)
+    (tmp_path / "set").mkdir()
+    rows = {"train": (TEXTS, LABELS), "matched": (TEXTS[1:], LABELS[1:]), "mismatched": (["w7 w7", "w3"], [2, 2])}
+    for name, (texts, labels) in rows.items():
+        pq.write_table(pa.table({"a": texts, "y": labels}), tmp_path / "set" / f"{name}.parquet")
+    whole = build(source, also_scored=["other"])
+    assert whole.metrics == ("accuracy", "loss", "accuracy_other")
+    matched, other = (
+        build(source),
+        build(HubData("some/set", None, "set", splits | {"validation": "mismatched", "other": "x"})),
+    )
+    for task in (whole, matched, other):
+        task.load(str(tmp_path))
+        task.prepare(bert_tokenizer)
+    assert [len(task.validation) for task in (whole, matched, other)] == [6, 4, 2]
+    assert "part" not in whole.collate([whole.train[0]])
+    found = whole.evaluate(bert, (whole.collate(rows) for rows in batches(whole.validation, 4)))
+    alone, beside = (task.evaluate(bert, [task.collate(list(task.validation))]) for task in (matched, other))
+    assert found == pytest.approx(alone | {"accuracy_other": beside["accuracy"]})
+    assert tuple(found) == whole.metrics
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_rows_without_a_label_are_left_out(tmp_path, bert_tokenizer, suffix):
+    source = HubData("some/set", None, "set", {"train": "train", "validation": "train2"})
+    (tmp_path / "set").mkdir()
+    table = pa.table({"a": TEXTS, "y": [0, -1, 1, 1, -1]})
+    for name in ("train", "train2"):
+        path = tmp_path / "set" / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(table, path)
+        elif suffix == "csv":
+            path.write_text("a,y\n" + "".join(f"{row['a']},{row['y']}\n" for row in table.to_pylist()))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    task = build(source, unlabelled=-1)
+    task.load(str(tmp_path))
+    task.prepare(bert_tokenizer)
+    assert task.num_examples == len(task.train) == len(task.validation) == 3
+    assert [row["label"] for row in (task.train[i] for i in range(3))] == [0, 1, 1]
+    with pytest.raises(UserError, match="'y' is -1, expected an integer from 0 to 2"):
+        build(source).load(str(tmp_path))

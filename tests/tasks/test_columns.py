@@ -138,3 +138,18 @@ def test_texts_that_are_not_utf8_name_their_row():
     array = pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), flat)
     with pytest.raises(UserError, match="row 1: 'answers' is not UTF-8"):
         checked_table(pa.table({"answers": array}), ANSWERS, "t")
+
+
+@pytest.mark.parametrize("labels", [[0, -1, 2, -1], pa.array([0, -1, 2, -1], pa.int8())])
+def test_rows_that_nobody_labelled_are_left_out(labels):
+    """By their own label alone, whatever stands beside them."""
+    columns = [Column("text", "text"), Column("label", "label", 3, unlabelled=-1)]
+    table = checked_table(pa.table({"text": ["a", "b", "c", "d"], "label": labels}), columns, "t")
+    assert table.to_pylist() == [{"text": "a", "label": 0}, {"text": "c", "label": 2}]
+    for wrong in (-2, 3):
+        with pytest.raises(UserError, match=f"t, row 1: 'label' is {wrong}, expected an integer from 0 to 2"):
+            checked_table(pa.table({"text": ["a", "b"], "label": [0, wrong]}), columns, "t")
+    with pytest.raises(UserError, match="t: 'label' is -1, no label, in all rows"):
+        checked_table(pa.table({"text": ["a"], "label": [-1]}), columns, "t")
+    with pytest.raises(UserError, match="'label' is -1, expected an integer"):
+        checked_table(pa.table({"text": ["a"], "label": [-1]}), [Column("label", "label", 3)], "t")

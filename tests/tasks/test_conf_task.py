@@ -1,5 +1,6 @@
 """The contract of a task, over every yaml in conf/task: a new one is tested by being there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from privzoo.tasks.base import Task
+from privzoo.tasks.columns import Column
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
@@ -23,9 +25,9 @@ OF_KIND = {
 }
 
 
-def read(path):
+def read(path, **changes):
     """The task, and the two keys of its yaml that are not for the class."""
-    node = OmegaConf.load(path)
+    node = OmegaConf.merge(OmegaConf.load(path), changes)
     return instantiate({k: v for k, v in node.items() if k not in ("default_model", "num_examples")}), node
 
 
@@ -46,7 +48,7 @@ def test_yaml(path):
     assert isinstance(node.default_model, str) or "default" in node.default_model
     assert str(REPOSITORY) not in path.read_text()
     plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData, HubData, FewShot, Completions)
-    assert all(isinstance(value, plain) for value in vars(task).values()), "config inside"
+    assert all(isinstance(value, (*plain, Column)) for value in vars(task).values()), "config inside"
 
 
 @pytest.mark.parametrize("path", filter(is_toy, FILES), ids=lambda path: path.stem)
@@ -54,19 +56,63 @@ def test_toy_task_end_to_end(path):
     task, node = read(path)
     task.load(None)
     assert task.num_examples == node.num_examples
+    check_the_contract(task)
+    lengths = [task.length(task.train[i]) for i in range(500)]
+    if hasattr(task, "max_length"):
+        assert max(lengths) < task.max_length, "toy rows are not meant to be cut"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not is_toy(path)], ids=lambda path: path.stem)
+def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
+    """On a few rows in the hub's format, of lengths from one word to more than fit."""
+    few_shot = {"data": {"per_class": 5}} if path.stem.endswith("few_shot") else {}
+    task, node = read(path, max_length=48, **few_shot)
+    write_hub_files(node, tmp_path)
+    task.load(str(tmp_path))
+    check_the_contract(task)
+    assert max(task.length(task.train[i]) for i in range(len(task.train))) == 48
+
+
+METHODS = ("dp_full", "dp_lora", "dp_bitfit", "dpzero")
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        pytest.param(path, METHODS[i % 4], marks=() if path.stem == "mnli" else pytest.mark.sweep, id=path.stem)
+        for i, path in enumerate(path for path in FILES if not is_toy(path))
+    ],
+)
+def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
+    """Three releases by the command line, and every metric in the record."""
+    task, node = read(path)
+    write_hub_files(node, tmp_path / "data", rows=80)
+    few_shot = ["task.data.per_class=20"] if path.stem.endswith("few_shot") else []
+    code, output = privzoo(
+        f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3", *few_shot,
+        f"data_root={tmp_path / 'data'}", "task.max_length=48", "batch_size=10", "microbatch_size=8",
+        f"epochs={30 / (40 if few_shot else 80)}", "trainer.accelerator=cpu", f"output_dir={tmp_path / 'runs'}",
+    )  # fmt: skip
+    assert code == 0, output
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "result.json").read_text())
+    assert (record["state"], record["steps"]) == ("finished", 3)
+    assert {f"metric/{name}" for name in task.metrics} <= record.keys()
+
+
+def check_the_contract(task):
+    """What every task promises, on a tiny model of its kind."""
     assert task.fingerprint() == task.fingerprint()
     assert len(task.fingerprint()) == 64
     folder, model_class = OF_KIND[task.kind]
     processor_class = transformers.AutoImageProcessor if task.kind.startswith("image") else transformers.AutoTokenizer
     task.prepare(processor_class.from_pretrained(TINY / folder))
     assert len(task.train) == task.num_examples
-    lengths = [task.length(task.train[i]) for i in range(500)]
-    if hasattr(task, "max_length"):
-        assert max(lengths) < task.max_length, "toy rows are not meant to be cut"
     labels = {} if task.num_labels is None else {"num_labels": task.num_labels}
     model = model_class.from_pretrained(TINY / folder, **labels).double()
     check_rows_are_independent(task, model)
-    scores = task.evaluate(model, [as_double(task.collate([task.validation[i] for i in range(7)]))])
+    ends = [*range(7), *range(len(task.validation) - 7, len(task.validation))]
+    scores = task.evaluate(model, [as_double(task.collate([task.validation[i] for i in ends]))])
     assert tuple(scores) == task.metrics
     assert all(isinstance(score, float) for score in scores.values())
 

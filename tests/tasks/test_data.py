@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from dataclasses import replace
 
 import datasets
 import huggingface_hub
@@ -106,7 +107,9 @@ def test_the_hub_is_asked_for_name_config_and_split_and_its_rows_are_checked(sst
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert sst2.load("train", COLUMNS, None)["label"].to_pylist() == [0, 1]  # the order of the selection
     assert not datasets.are_progress_bars_disabled()
-    assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train"})]
+    assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train", "revision": None})]
+    replace(sst2, revision="refs/convert/parquet").load("train", COLUMNS, None)
+    assert asked[1][1]["revision"] == "refs/convert/parquet"
     assert "no column 'sentense'" in message_of(lambda: sst2.load("train", [Column("sentense", "text")], None))
     assert "'label' is 1" in message_of(lambda: sst2.load("train", [Column("label", "label", 1)], None))
 

@@ -33,6 +33,11 @@ def test_the_same_rows_under_two_names_are_refused():
     rows = [{"input_ids": np.array([1, 2]), "label": 1}, {"input_ids": np.array([3]), "label": 0}]
     with pytest.raises(UserError, match="train and validation are the same 2 rows"):
         refuse_same_rows(rows, [{**row, "row": i} for i, row in enumerate(rows)])
+    other = {"input_ids": np.array([7]), "label": 0}
+    for further in ([*rows, other], [other, other, *rows]):  # such as MNLI's mismatched rows behind the matched ones
+        with pytest.raises(UserError, match="train and validation are the same 2 rows"):
+            refuse_same_rows(rows, further)
+    refuse_same_rows(rows, [rows[0], other, rows[1]])
     refuse_same_rows(rows, rows[:1])
     refuse_same_rows(rows, [rows[0], {"input_ids": np.array([4]), "label": 0}])
     refuse_same_rows(rows, [rows[0], {"label": 0}])

@@ -30,6 +30,10 @@ _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the m
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     "causal_lm": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "prompt": (  # of these, what sees both sides is loaded as a masked language model
+        transformers.AutoModelForCausalLM,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ),
     "image_classification": (
         transformers.AutoModelForImageClassification,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -76,8 +80,9 @@ def load(
     Args:
         path: a local folder, "tiny_encoder", "tiny_lm" or "tiny_vit" (part of privzoo), or a name on the hub. An
             unreachable hub is noticed within seconds, and the local cache is used if it holds the model.
-        kind: "sequence_classification", "causal_lm" or "image_classification".
-        num_labels: size of the classification head; None keeps the checkpoint's. Means nothing to "causal_lm".
+        kind: "sequence_classification", "causal_lm", "image_classification", or "prompt": a masked language model where the
+            architecture sees both sides of a word, a causal one otherwise.
+        num_labels: size of the classification head; None keeps the checkpoint's. Means nothing to language models.
         dtype: name of a floating type of torch; what the file holds is converted.
         dropout: probability in [0, 1) that every dropout of hidden states gets; those of attention probabilities and of
             whole layers or paths are 0 whatever it is.
@@ -102,14 +107,21 @@ def load(
     with _quiet_transformers(), _explained(path):
         config = _configuration(path, transformers.AutoConfig.from_pretrained(source, **options), kind, pooling)
         _set_dropout(config, dropout)
-        if num_labels is not None and kind != "causal_lm":
+        if num_labels is not None and kind.endswith("classification"):
             config.num_labels = num_labels
         processor = _processor(source, kind, config, options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
             auto_class = transformers.AutoModel if pooled else _AUTO_CLASSES[kind][0]
+            if kind == "prompt" and _sees_both_sides(config):
+                auto_class = transformers.AutoModelForMaskedLM
             model, new_head = _weights(path, auto_class, source, config=config, **storage, **options)
+            if kind == "prompt" and new_head:
+                raise UserError(
+                    f"Model {path!r} lacks weights that say words, such as {new_head[0]}, and a prompt needs them: take a "
+                    "language model as it was pretrained, such as model=roberta_base, or task.head=classifier."
+                )
             if pooled:
                 model = MeanPoolingClassifier.around(model, config.num_labels)
                 new_head = ("classifier.weight", "classifier.bias")
@@ -224,13 +236,17 @@ def _check_kind(path: str, config: PretrainedConfig, kind: str) -> None:
             f"Model {path!r} is of type {config.model_type!r}, which cannot do {wanted}: choose another model= or"
             " model.path=, or another task=."
         )
-    sees_both_sides = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     # transformers would load an encoder as a language model that sees the words it is to predict.
-    if kind == "causal_lm" and sees_both_sides and not (config.is_decoder or config.is_encoder_decoder):
+    if kind == "causal_lm" and _sees_both_sides(config):
         raise UserError(
             f"Model {path!r} is an encoder ({config.model_type}), which sees the words it would have to predict:"
             " choose a causal language model for this task, such as model=tiny_lm or model=gpt2."
         )
+
+
+def _sees_both_sides(config: PretrainedConfig) -> bool:
+    is_encoder = not (getattr(config, "is_decoder", False) or config.is_encoder_decoder)
+    return config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and is_encoder
 
 
 def _check_can_be_pooled(path: str, config: PretrainedConfig, kind: str) -> None:

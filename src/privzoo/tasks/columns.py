@@ -18,11 +18,21 @@ from privzoo.errors import UserError
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a task's table: its name, what it holds, and for a label the number of classes."""
+    """A column of a task's table: its name, what it holds, and for a label the number of classes.
+
+    Attributes:
+        unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
+            others are; None: there is no such number.
+    """
 
     name: str
     kind: Literal["text", "texts", "label", "image"]
     num_labels: int = 0
+    unlabelled: int | None = None
+
+    def takes(self, label: int) -> bool:
+        """Whether a label column may hold this integer."""
+        return 0 <= label < self.num_labels or label == self.unlabelled
 
 
 def require_columns(found: Sequence[str], columns: Sequence[Column], where: str) -> None:
@@ -73,7 +83,8 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
 
     Text comes back as large_string, texts (at least one a row; SQuAD's struct of texts and their places will do) as a
     large_list of them, a label as int64 in 0..num_labels-1, an image as large_binary (the bytes of a picture file) or as
-    a fixed-shape uint8 tensor. Nothing is null and nothing is coerced.
+    a fixed-shape uint8 tensor. Nothing is null and nothing is coerced. Rows without a label (`Column.unlabelled`) are left
+    out.
 
     Args:
         table: has every one of `columns` (see `require_columns`).
@@ -84,7 +95,12 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     if table.num_rows == 0:
         raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
     check = {"text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image}
-    return pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
+    checked = pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
+    for column in (column for column in columns if column.unlabelled is not None):
+        checked = checked.filter(pc.not_equal(checked[column.name], column.unlabelled))
+        if checked.num_rows == 0:
+            raise UserError(f"{where}: {column.name!r} is {column.unlabelled}, no label, in all rows: choose another split.")
+    return checked
 
 
 def first_true(mask: pa.ChunkedArray) -> int:
@@ -154,7 +170,10 @@ def _checked_label(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
         row = max(first_true(pc.is_nan(array)), 0) if pa.types.is_floating(array.type) else 0
         raise bad_label(where, row, array[row].as_py(), column)
     labels = array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 wraps to a negative number: out of range too
-    row = first_true(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, column.num_labels)))
+    wrong = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, column.num_labels))
+    if column.unlabelled is not None:
+        wrong = pc.and_(wrong, pc.not_equal(labels, column.unlabelled))
+    row = first_true(wrong)
     if row >= 0:
         raise bad_label(where, row, array[row].as_py(), column)
     return labels

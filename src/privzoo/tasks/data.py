@@ -32,12 +32,15 @@ class HubData:
         config: configuration of that repository, or None.
         folder: the data set's folder below data_root.
         splits: our name of a split ("train", "validation") to the hub's name of it, which is also the file's.
+        revision: of the repository; None: its main branch. Repositories that hold a script have their files in
+            "refs/convert/parquet".
     """
 
     name: str
     config: str | None
     folder: str
     splits: dict[str, str]
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         named = list(self.splits.values())
@@ -76,7 +79,7 @@ class HubData:
         unreachable = why_not_to_be_had(self.name, "dataset")
         try:
             with _quiet_datasets(offline=unreachable is not None):
-                rows = datasets.load_dataset(self.name, self.config, split=split)
+                rows = datasets.load_dataset(self.name, self.config, split=split, revision=self.revision)
         except Exception as error:  # a download can raise anything; it becomes the message's reason
             what = f"{self.name}, {self.config}" if self.config else self.name
             raise UserError(

@@ -112,7 +112,7 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
     if column.kind == "image":
         raise UserError(f"{where}: JSON lines cannot hold images such as {column.name!r}: store them as Parquet.")
     if column.kind == "label":
-        if type(value) is not int or not 0 <= value < column.num_labels:
+        if type(value) is not int or not column.takes(value):
             raise bad_label(where, row, value, column)
     elif column.kind == "texts":
         texts = value.get("text") if isinstance(value, dict) else value

@@ -82,7 +82,7 @@ class ImageClassification(Task):
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """accuracy, and the mean loss of a row."""
-        return evaluate_classes(model, loader)
+        return evaluate_classes(model, loader)[0]
 
 
 class ImageRows(Sequence[dict]):

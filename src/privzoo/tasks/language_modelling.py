@@ -1,6 +1,5 @@
 """Text that continues a prompt, learned by a causal language model."""
 
-import string
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -15,6 +14,7 @@ from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_leng
 from privzoo.tasks.columns import Column, content_digest
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.templates import Template, filled, parsed
 
 NO_LOSS = -100  # the label of a token that carries no loss
 
@@ -164,34 +164,6 @@ class PromptCompletion(Task):
         return self._completions.scores(list(texts.values()), references) | scores
 
 
-def parsed(template: str, role: str) -> list[tuple[str, str | None]]:
-    """A template as pairs (literal text, name of the column after it or None).
-
-    >>> parsed("Q: {question} A:", "prompt")
-    [('Q: ', 'question'), (' A:', None)]
-    """
-    try:
-        parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
-    except ValueError as error:
-        raise UserError(f"task.{role}={template!r} is not a template ({error}): write a brace itself twice.") from error
-    if not any(name for _, name in parts):
-        raise UserError(f"task.{role}={template!r} names no column, expected one in braces, as in '{{question}}'.")
-    return parts
-
-
-def filled(parts: list[tuple[str, str | None]], table: pa.Table) -> list[str]:
-    """The template of every row. Not str.format, which would look into a column's name for dots and brackets."""
-    cells = {name: table[name].to_pylist() for _, name in parts if name is not None}
-    return [
-        "".join(literal + (_first(cells[name][row]) if name is not None else "") for literal, name in parts)
-        for row in range(table.num_rows)
-    ]
-
-
-def _first(cell: str | list[str]) -> str:
-    return cell if isinstance(cell, str) else cell[0]
-
-
 def joined(start: list[int], prompt: list[int], target: list[int], max_length: int) -> tuple[list[int], int]:
     """A row of at most `max_length` tokens, and how many of them come before the target.
 
@@ -225,7 +197,7 @@ def start_tokens(processor) -> list[int]:
     return bos if processor("").input_ids[:1] == bos else []
 
 
-def template_ids(processor, parts: list[tuple[str, str | None]], table: pa.Table) -> list[list[int]]:
+def template_ids(processor, parts: Template, table: pa.Table) -> list[list[int]]:
     """Ids of each row's filled template, without special tokens."""
     # verbose=False: no warning about long rows, which are cut
     return processor(filled(parts, table), add_special_tokens=False, verbose=False).input_ids

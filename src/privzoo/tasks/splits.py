@@ -13,21 +13,24 @@ _SLICE = re.compile(r"(?P<split>[\w.-]+)\[(?:(?P<start>\d+)(?P<unit>%?))?:(?:(?P
 
 
 def refuse_same_rows(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a validation split that is the training split, row for row.
+    """Refuse validation rows that are the training split, row for row, or that begin or end with it (a further split that
+    is scored beside validation stands behind its rows).
 
     Raises:
-        UserError: if it is, such as one file under two names.
+        UserError: if they are, such as one file under two names.
     """
-    if len(train) != len(validation):
+    if len(validation) < len(train):
         return
-    for i in range(len(train)):  # seldom goes beyond the first row
-        row, other = train[i], validation[i]
-        if not all(name in other and np.array_equal(value, other[name]) for name, value in row.items()):
-            return
-    raise UserError(
-        f"train and validation are the same {len(train)} rows: scores on training rows would be published without noise; "
-        "put other rows into the validation split."
-    )
+    for start in {0, len(validation) - len(train)}:
+        if all(_alike(train[i], validation[start + i]) for i in range(len(train))):  # seldom beyond i = 0
+            raise UserError(
+                f"train and validation are the same {len(train)} rows: scores on training rows would be published without "
+                "noise; put other rows into the validation split."
+            )
+
+
+def _alike(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(name in other and np.array_equal(value, other[name]) for name, value in row.items())
 
 
 def may_meet(one: str, other: str) -> bool:
