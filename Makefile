@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Finished runs are not done again: their id decides.
 demo: setup
-	$(BIN)/python -m privzoo.train -m method=dp_full,dp_bitfit,dp_lora,dp_qlora,dp_head,dpzero \
+	$(BIN)/python -m privzoo.train -m method=dp_full,dp_bitfit,dp_bitfit_two_phase,dp_lora,dp_qlora,dp_head,dpzero \
 	  eps=3,8,inf output_dir=runs/demo
 	$(BIN)/python -m privzoo.reporting.display runs/demo
 

@@ -15,18 +15,20 @@ def write(node: Any, folder: Path, rows: int = 40) -> None:
     place = folder / source.folder
     place.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(source.splits.values()):
-        table = pa.table(columns(node, [f"{split} {i}" for i in range(rows - number)]))
+        table = pa.table(columns(node, [f"{split} {i}" for i in range(rows - number)], number))
         pq.write_table(table, place / f"{split}.parquet")
 
 
-def columns(node: Any, names: list[str]) -> dict[str, list]:
+def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
     """Texts of 2 to 60 words that begin with the row's name, labels in turn (one row without, where there may be such);
-    or SQuAD's four columns."""
-    texts = [" ".join([name, *(WORDS[(i * k) % 7] for k in range(i * 7 % 60))]) for i, name in enumerate(names)]
+    or SQuAD's four columns; or running text."""
+    texts = [" ".join([name, *(WORDS[(i * k + shift) % 7] for k in range(i * 7 % 60))]) for i, name in enumerate(names)]
     if node.get("completions"):
         last = [text.split()[-1] for text in texts]
         answers = [{"text": [word], "answer_start": [text.rindex(word)]} for text, word in zip(texts, last, strict=True)]
         return {"id": names, "context": texts, "question": [f"what is {name} ?" for name in names], "answers": answers}
+    if "label" not in node:
+        return {node.text: texts}
     labels = [i % node.num_labels for i in range(len(names))]
     if node.get("unlabelled") is not None:
         labels[1] = node.unlabelled

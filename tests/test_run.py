@@ -38,6 +38,12 @@ def test_the_folder_holds_what_the_contract_says(finished):
     }  # fmt: skip
 
 
+def test_the_saved_model_names_its_classes(finished):
+    config = read(finished[0] / "model", "config.json")
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert config["label2id"] == {"bad": 0, "good": 1}
+
+
 def test_epsilon_by_three_accountants(finished):
     """PRIVACY 20, 39: PLD of the ledger is 0.99 to 1 of the target, PRV beside it, RDP 1 to 1.35 times it."""
     run, _ = finished
@@ -155,6 +161,8 @@ def test_every_task_with_every_method(privzoo, tmp_path, task, model, method, ep
         ("task=toy_images", "method=dp_lora", "trainer.precision=bf16-mixed", "model.dropout=0.1",
          "method.adapter.tuner.lora_dropout=0.1"),
         ("task=toy_text", "method=dp_head", "trainer.precision=bf16-mixed"),
+        ("task=toy_text", "task.head=prompt", "method=dp_full"),
+        ("task=toy_text", "task.head=prompt", "method=dp_lora", "model=tiny_lm"),
         ("task=toy_lm", "method=dp_qlora", "method.merge=true", "trainer.gradient_checkpointing=true"),
         ("task=toy_text", "method=dpzero", "model.quantization=nf4", "method.smoothing=0.1", "clip_norm=50"),
     ],

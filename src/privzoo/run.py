@@ -59,6 +59,10 @@ def run(folder: RunFolder) -> RunRecord:
     loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
     task.prepare(loaded.processor)
     refuse_same_rows(task.train, task.validation)
+    if task.label_names is not None and task.kind.endswith("classification"):
+        names: Any = loaded.model.config
+        names.id2label = dict(enumerate(task.label_names))
+        names.label2id = {name: number for number, name in names.id2label.items()}
     if not folder.is_new:
         return _train(folder, task, plan, loaded)
     seed = cfg.privacy.noise_seed

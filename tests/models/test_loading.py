@@ -84,6 +84,21 @@ def test_head_of_another_size_counts_as_new(tmp_path: Path) -> None:
     assert torch.isfinite(resized.model.classifier.weight).all()
 
 
+@pytest.mark.parametrize(("name", "model"), [("tiny_encoder", "BertForMaskedLM"), ("tiny_lm", "GPT2LMHeadModel")])
+def test_a_prompt_takes_a_language_model_as_it_was_pretrained(name: str, model: str) -> None:
+    loaded = load(name, "prompt", 3)
+    assert type(loaded.model).__name__ == model
+    assert loaded.new_head == ()
+    assert loaded.model.config.num_labels == load(name, "prompt").model.config.num_labels
+
+
+def test_a_prompt_wants_the_weights_that_say_words(tmp_path: Path) -> None:
+    transformers.AutoModel.from_pretrained(TINY / "tiny_encoder").save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(TINY / "tiny_encoder").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lacks weights that say words, such as cls\..*task\.head=classifier"):
+        load(str(tmp_path), "prompt", 2)
+
+
 @pytest.mark.parametrize(("name", "kind", "num_labels", "_"), CASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_every_dropout_but_that_of_attention_is_set(

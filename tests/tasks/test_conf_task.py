@@ -85,13 +85,15 @@ METHODS = ("dp_full", "dp_lora", "dp_bitfit", "dpzero")
 )
 def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     """Three releases by the command line, and every metric in the record."""
-    task, node = read(path)
+    few_shot = path.stem.endswith("few_shot")
+    task, node = read(path, **({"data": {"per_class": 20}} if few_shot else {}))
     write_hub_files(node, tmp_path / "data", rows=80)
-    few_shot = ["task.data.per_class=20"] if path.stem.endswith("few_shot") else []
+    task.load(str(tmp_path / "data"))
     code, output = privzoo(
-        f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3", *few_shot,
+        f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
+        *(["task.data.per_class=20"] if few_shot else []),
         f"data_root={tmp_path / 'data'}", "task.max_length=48", "batch_size=10", "microbatch_size=8",
-        f"epochs={30 / (40 if few_shot else 80)}", "trainer.accelerator=cpu", f"output_dir={tmp_path / 'runs'}",
+        f"epochs={25 / task.num_examples}", "trainer.accelerator=cpu", f"output_dir={tmp_path / 'runs'}",
     )  # fmt: skip
     assert code == 0, output
     (run,) = (tmp_path / "runs").iterdir()

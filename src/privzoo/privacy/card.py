@@ -31,7 +31,7 @@ def privacy_card(
 
     Args:
         contribution: what one example adds to a release and what bounds it.
-        selection: a further limit, where the training rows are a part of a source.
+        selection: a further limit, where the examples are a part of their source, or other than its rows.
 
     Guarantees: `epsilon_spent` is the PLD figure of the recorded releases; `private` is false without noise or with a
     published noise seed. It holds no private quantity: no loss, norm, clip rate or realised batch size.

@@ -20,10 +20,12 @@ class Task(ABC):
         name: as in the run record.
         kind: the kind of model, "sequence_classification", "causal_lm" or "image_classification".
         num_labels: number of classes, None where there are none.
+        label_names: the classes in words, None where they have none; the saved model's configuration holds them.
         metrics: the names that `evaluate` returns, the headline first.
         higher_is_better: of the headline metric.
         num_examples: N, the number of rows of the train split; known after `load`.
-        selection: one sentence for the privacy card where the train split is a part of its source; else None.
+        selection: one sentence for the privacy card where the examples are a part of their source, or its rows are no
+            examples; else None.
         train, validation: the encoded rows (`len`, `[i]` gives a dict); known after `prepare`.
     """
 
@@ -34,6 +36,7 @@ class Task(ABC):
     higher_is_better: bool
     num_examples: int
     selection: str | None = None
+    label_names: Sequence[str] | None = None
     train: Sequence[dict]
     validation: Sequence[dict]
 

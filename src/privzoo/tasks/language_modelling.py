@@ -133,31 +133,21 @@ class PromptCompletion(Task):
         }
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        token_losses, is_target, _ = _by_token(model, batch)
-        return token_losses.sum(dim=1) / is_target.sum(dim=1).clamp(min=1)
+        return row_losses(model, batch)
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """perplexity = exp(total loss / number of target tokens) and the share of target tokens that are the model's
-        first choice, both over all tokens of the split; loss, the mean over rows of what `losses` gives; before them the
-        scores of the completions, where they are asked for. The rows must be of the validation split."""
-        rows, tokens, right, token_loss, row_loss = 0, 0, 0, 0.0, 0.0
+        """What `TokenScores` says; before it the scores of the completions, where they are asked for. The rows must be of
+        the validation split."""
+        found = TokenScores()
         texts: dict[int, str] = {}
         with scoring(model):
             for batch in loader:
-                token_losses, is_target, is_right = _by_token(model, batch)
-                targets = is_target.sum(dim=1)
-                rows += len(targets)
-                tokens += int(targets.sum())
-                right += int(is_right.sum())
-                token_loss += token_losses.sum().item()
-                row_loss += (token_losses.sum(dim=1) / targets.clamp(min=1)).sum().item()
+                found.add(model, batch)
                 if self._completions is not None:
                     numbers = batch["row"].tolist()
                     prompts = [self._prompts[number]["input_ids"].tolist() for number in numbers]
                     texts |= dict(zip(numbers, self._completions.made(model, self._processor, prompts), strict=True))
-        assert rows, "evaluate was given no micro-batch"
-        mean = torch.tensor(token_loss / max(tokens, 1), dtype=torch.float64)
-        scores = {"perplexity": mean.exp().item(), "token_accuracy": right / max(tokens, 1), "loss": row_loss / rows}
+        scores = found.scores()
         if self._completions is None:
             return scores
         references = self._tables["validation"][self._completions.references].take(list(texts)).to_pylist()
@@ -201,6 +191,34 @@ def template_ids(processor, parts: Template, table: pa.Table) -> list[list[int]]
     """Ids of each row's filled template, without special tokens."""
     # verbose=False: no warning about long rows, which are cut
     return processor(filled(parts, table), add_special_tokens=False, verbose=False).input_ids
+
+
+class TokenScores:
+    """Over all rows that are added: perplexity = exp(total loss / number of target tokens) and the share of target tokens
+    that are the model's first choice, both over all tokens; loss, the mean over rows of `row_losses`."""
+
+    def __init__(self) -> None:
+        self.rows, self.tokens, self.right, self.token_loss, self.row_loss = 0, 0, 0, 0.0, 0.0
+
+    def add(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> None:
+        token_losses, is_target, is_right = _by_token(model, batch)
+        targets = is_target.sum(dim=1)
+        self.rows += len(targets)
+        self.tokens += int(targets.sum())
+        self.right += int(is_right.sum())
+        self.token_loss += token_losses.sum().item()
+        self.row_loss += (token_losses.sum(dim=1) / targets.clamp(min=1)).sum().item()
+
+    def scores(self) -> dict[str, float]:
+        assert self.rows, "evaluate was given no micro-batch"
+        mean, tokens = torch.tensor(self.token_loss / max(self.tokens, 1), dtype=torch.float64), max(self.tokens, 1)
+        return {"perplexity": mean.exp().item(), "token_accuracy": self.right / tokens, "loss": self.row_loss / self.rows}
+
+
+def row_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean loss of each row's own target tokens, (R,); 0 where there is none."""
+    token_losses, is_target, _ = _by_token(model, batch)
+    return token_losses.sum(dim=1) / is_target.sum(dim=1).clamp(min=1)
 
 
 def _by_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
