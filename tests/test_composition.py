@@ -223,13 +223,15 @@ def test_phases_must_come_to_the_epochs(run_config):
     }
     for override, message in wrong.items():
         with pytest.raises(UserError, match=re.escape(message)):
-            validate(run_config(two, override))
+            validate(run_config(two, "epochs=3", override))
 
 
 def test_the_plan_of_phases(run_config):
     """Each phase has its batch, epochs and clip norm; the rest is the run's."""
     phases = "method.phases=[{epochs: 1, trainable: all, clip_norm: 1.0, batch_size: 100},{trainable: biases}]"
-    arguments = plan_arguments(run_config("method=dp_bitfit_two_phase", phases, "batch_size=200", "clip_norm=0.5"), 1000)
+    arguments = plan_arguments(
+        run_config("method=dp_bitfit_two_phase", phases, "epochs=3", "batch_size=200", "clip_norm=0.5"), 1000
+    )
     plan = PrivacyPlan(**arguments)
     assert [(p.batch_size, p.epochs, p.clip_norm) for p in plan.phases] == [(100, 1, 1.0), (200, 2.0, 0.5)]
     assert plan.steps == 10 + 10
