@@ -11,8 +11,11 @@ TWO_PHASES = CONTRACT + "the_twin_is_ordinary_training[dp_bitfit_two_phase]"
 ZOO_MUTANTS = [
     ("training rows are scored as validation", "22", "run.py", "refuse_same_rows(task.train, task.validation)", "pass",
      ("tests/test_bad_input.py::test_training_rows_are_not_validation_rows",)),
-    ("rows of one length are the same", "22", "tasks/splits.py", "            return\n    raise",
-     "            pass\n    raise", (SPLITS + "the_same_rows_under_two_names_are_refused",)),
+    ("rows of one length are the same", "22", "tasks/splits.py", "return all(name in other and",
+     "return True or all(name in other and",
+     (SPLITS + "the_same_rows_under_two_names_are_refused",)),
+    ("further splits unseen", "22", "tasks/splits.py", "in {0, len(validation) - len(train)}:", "in {0}:",
+     (SPLITS + "the_same_rows_under_two_names_are_refused",)),
     ("slices that meet pass", "22", "tasks/splits.py", "return max(a[0], b[0]) < min(a[1], b[1])", "return a == b",
      (SPLITS + "a_split_with_rows_of_the_training_split_is_refused[train[:10%]]",)),
     ("sums of splits pass", "22", "tasks/splits.py", 'for a in one.split("+")', "for a in [one]",

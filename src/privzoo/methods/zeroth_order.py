@@ -127,7 +127,8 @@ class ZerothOrder(PrivateMethod):
         # moves a slope by up to r / lambda; 2 B of them, of either sign, come to less than 4 sqrt(2 B) r / lambda, which may
         # be 0.02 C.
         allowed = 0.02 * clip_norm * self.smoothing / (4 * math.sqrt(2 * batch_size))
-        check_losses(self.model, losses, self._rows, self.dropout.naming(self.task.collate, self._rows), allowed)
+        collate = self.dropout.naming(self.task.collate, self._rows)
+        check_losses(self.model, losses, self._rows, collate, allowed)
 
     @property
     def _order(self) -> int:
