@@ -120,7 +120,7 @@ class FilledPrompt:
 
     def _free_of_blanks(self, texts: list[str]) -> list[str]:
         """A text that names the mask token itself would have a blank of its own."""
-        return [text.replace(self._processor.mask_token, "") for text in texts] if self._masked else texts
+        return [without(text, self._processor.mask_token) for text in texts] if self._masked else texts
 
     def _text(self, row: Mapping[str, str]) -> str:
         values = {**row, BLANK: self._processor.mask_token}
@@ -150,6 +150,17 @@ class FilledPrompt:
         every = model(**seen).logits
         at = every[torch.arange(len(every), device=every.device), batch["blank"]]
         return at_least_float32(at[:, torch.tensor(self.words, device=at.device)])
+
+
+def without(text: str, token: str) -> str:
+    """The text without a token, and without one that what is left would make.
+
+    >>> without("a [MA[MASK]SK] b", "[MASK]")
+    'a  b'
+    """
+    while token in text:
+        text = text.replace(token, "")
+    return text
 
 
 def batches(filled: FilledPrompt, table: pa.Table, blanks: list[int], size: int) -> Iterator[dict[str, list[list[int]]]]:
