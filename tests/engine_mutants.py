@@ -8,6 +8,7 @@ TABLE, CHECKPOINTING = f"{CLIPPING}equality_table.py::test_", f"{CLIPPING}checkp
 ATTACKS, GROUPED = f"{CLIPPING}attacks.py::test_", f"{CLIPPING}grouped.py::test_"
 LAYOUTS, TWO_PASS, OPACUS = (f"{CLIPPING}{name}.py::test_" for name in ("layouts", "ghost_two_pass", "opacus_hooks"))
 FIRST_ORDER, TWIN = "tests/methods/test_first_order.py::test_", "tests/methods/test_twin.py::test_"
+UNITS, SAMPLING = "tests/methods/test_units.py::test_", "tests/privacy/test_sampling.py::test_"
 TRAINABLE = "tests/methods/test_trainable.py::test_"
 ROWS, UNITS = PLAIN + "equals_the_loop[rows-", PLAIN + "equals_the_loop[units-"
 LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_the_loop["
@@ -287,7 +288,7 @@ PREFLIGHT_MUTANTS = [
     ("a row may have two losses", "5", BASE_PY, "if rows is not None and losses.shape != (rows,):", "if False:",
      (FIRST_ORDER + "a_row_has_one_loss",)),
     ("rows of a draw are not counted", "5", "privacy/sampling.py",
-     "return DrawnRows(collated, len(part), release, [number for number, _ in part])", "return collated",
+     "return DrawnRows(collated, len(examples), release, examples, places)", "return collated",
      (FIRST_ORDER + "a_row_has_one_loss",)),
     ("the pre-flight's rows are the first ones", "7", "run.py", "by_length = task.by_length(task.train)",
      "by_length = task.by_length(task.train[:64])", (PREFLIGHT + "a_long_row_far_behind_is_looked_at",)),
@@ -363,8 +364,30 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "private_numbers_are_named_so",)),
     ("checkpoints hold the whole model", "26", BASE_PY, "if k in wanted}", "if k}",
      (FIRST_ORDER + "a_checkpoint_holds_the_trained_part_alone",)),
-    ("units of several rows are drawn row by row", "37", BASE_PY,
-     "if self.task.unit_of_row(on_device) is not None:", "if False:", (FIRST_ORDER + "units_of_several_rows_are_refused",)),
+    ("rows of a unit clipped apart", "37", FIRST_ORDER_PY, "units = self.unit_of_row(micro_batch)", "units = None",
+     (UNITS + "one_unit_less_moves_the_sum_by_at_most_c[BookKeeping]", UNITS + "a_unit_counts_as_the_sum_of_its_rows")),
+    ("slopes of a unit's rows clipped apart", "37", "methods/zeroth_order.py",
+     "checked_units(losses, self.unit_of_row(micro_batch))", "checked_units(losses, None)",
+     (UNITS + "one_unit_less_moves_the_slopes_by_at_most_c",)),
+    ("units are cut by micro-batches", "37", "privacy/sampling.py", "            part.append(unit)\n",
+     "            for row in unit[1]:\n                yield [(unit[0], [row])]\n",
+     (SAMPLING + "whole_units_are_drawn_and_none_is_cut[1]", UNITS + "micro_batches_do_not_change_a_release[1]")),
+    ("a row may be of two units", "37", "privacy/sampling.py", "if not bool((seen == 1).all()):", "if not seen.all():",
+     (SAMPLING + "rows_are_dealt_out_to_units[of two]",)),
+    ("a row may be of no unit", "1", "privacy/sampling.py", "if not bool((seen == 1).all()):", "if bool((seen > 1).any()):",
+     (SAMPLING + "rows_are_dealt_out_to_units[of none]",)),
+    ("rows drawn where units are planned", "1 37", "privacy/sampling.py",
+     "([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])", "[unit]",
+     (SAMPLING + "whole_units_are_drawn_and_none_is_cut[100]",)),
+    ("a micro-batch of unknown owners", "37", BASE_PY, "if self.task.rows_of_unit is not None:", "if False:",
+     (UNITS + "a_micro_batch_of_unknown_owners_is_refused",)),
+    ("rows of a unit share their dropout masks", "28 37", "privacy/dropout.py", 'if place else str(example)',
+     'if False else str(example)', (UNITS + "rows_of_a_unit_have_masks_of_their_own",)),
+    ("the pre-flight believes an engine about units", "37", FIRST_ORDER_PY,
+     "            if self.task.rows_of_unit is not None:\n", "            if False:\n",
+     (UNITS + "preflight_refuses_an_engine_that_forgets_units",)),
+    ("dpzero's rounding is bounded row by row", "31 37", "methods/zeroth_order.py",
+     "rows = max(map(len, self.task.rows_of_unit or [[0]]))", "rows = 1", (UNITS + "rounding_is_bounded_for_units",)),
     ("the schedule forgets the warm-up", "24", "methods/schedule.py", "(steps - index) / (steps - rising)",
      "(steps - index) / steps", (FIRST_ORDER + "learning_rate_by_hand",)),
     ("whatever sounds like a bias is trained", "16", TRAINABLE_PY, '.endswith("bias")', '.count("") and "bias" in name',

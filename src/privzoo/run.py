@@ -55,7 +55,7 @@ def run(folder: RunFolder) -> RunRecord:
     cfg = folder.cfg
     task: Task = build(cfg.task)
     task.load(cfg.data_root)
-    plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples))
+    plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples), unit=task.unit)
     loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
     task.prepare(loaded.processor)
     refuse_same_rows(task.train, task.validation)
@@ -131,7 +131,7 @@ def _fit(
     plan = mechanism.plan
     epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
-    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size)
+    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit)
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
     callbacks = [
         PrivacyCallback(plan, ledger, mechanism.digest),

@@ -31,8 +31,7 @@ HEAD = ("classifier.weight", "classifier.bias")
 class Texts:
     """What FirstOrder asks of a task; a row may have a `strength`, by which its loss is multiplied."""
 
-    def unit_of_row(self, batch):
-        return None
+    rows_of_unit = None
 
     def collate(self, rows):
         ids = [row["ids"] for row in rows]
@@ -112,15 +111,17 @@ def make_run():
 
     def make(
         plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
-        optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, **options,
+        optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, units=None, **options,
     ):  # fmt: skip
         key, task = RunKey.for_tests(seed), task or Texts()
+        if units is not None:  # rows beyond the first N are those again
+            task.rows_of_unit, rows = units, [*rows, *rows][: sum(map(len, units))]
         options |= {"engine": engine} if kind is FirstOrder else {}
         method = kind(
             model or encoder(), task, NoiseMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
         )
         draws = PoissonDraws(plan, key, "digest")
-        batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size)
+        batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size, task.rows_of_unit)
         return Run(method.train(), draws, batches, Recorder())
 
     return make

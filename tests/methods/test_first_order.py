@@ -283,14 +283,6 @@ def test_a_row_has_one_loss(make_run, plans):
         run.method.query(run.batches[0])
 
 
-def test_units_of_several_rows_are_refused(make_run, plans):
-    """PRIVACY line 37: rows are drawn one by one, so a unit of two could move the sum by more than C."""
-    run = make_run(plans())
-    run.method.task.unit_of_row = lambda batch: torch.zeros(len(batch["labels"]), dtype=torch.long)
-    with pytest.raises(UserError, match="units of several rows"):
-        run.method.query(run.batches[0])
-
-
 def test_the_speed_of_a_curve_has_two_digits(make_run, plans, tmp_path):
     """PRIVACY line 34: a release's own time would tell how many rows were drawn."""
 

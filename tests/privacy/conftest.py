@@ -37,8 +37,7 @@ class Scores(nn.Module):
 class ScoreTask:
     """What FirstOrder asks of a task."""
 
-    def unit_of_row(self, batch: dict[str, Tensor]) -> None:
-        return None
+    rows_of_unit = None
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"])

@@ -10,7 +10,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from privzoo.privacy.plan import Phase, PrivacyPlan
-from privzoo.privacy.sampling import LogicalBatch, PoissonBatches, PoissonDraws, private_loader
+from privzoo.privacy.sampling import DrawnRows, LogicalBatch, PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
 
 DIGEST = "d" * 64
@@ -182,5 +182,65 @@ def test_a_resumed_loader_gives_the_same_batches() -> None:
 def test_plan_for_another_number_of_rows_is_refused() -> None:
     """PRIVACY 1: N of the plan is the N that is drawn from."""
     draws = PoissonDraws(unaccounted(), RunKey.for_tests(0), DIGEST)
-    with pytest.raises(ValueError, match="Expected 20 rows, as in the plan, found 19"):
+    with pytest.raises(ValueError, match="Expected 20 units, as in the plan, found 19"):
         PoissonBatches(range(19), draws, lambda rows: {}, lambda row: 1, 4)
+
+
+# ---- units of several rows
+
+UNITS = [[unit, 20 + unit, 40 + unit][: 1 + unit % 3] for unit in range(20)]
+HELD = sorted(row for unit in UNITS for row in unit)
+DENSE = {row: place for place, row in enumerate(HELD)}  # rows are numbered without holes
+
+
+def unit_batches(microbatch_size: int, units: list[list[int]]) -> PoissonBatches:
+    draws = PoissonDraws(unaccounted(epochs=20), RunKey.for_tests(0), DIGEST)
+    rows = Rows(range(1 + max((row for unit in units for row in unit), default=0)))
+
+    def collate(rows: list[int]) -> dict[str, Tensor]:
+        return {"x": torch.tensor(rows)}
+
+    return PoissonBatches(rows, draws, collate, lambda row: row % 7, microbatch_size, units)
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 4, 100])
+def test_whole_units_are_drawn_and_none_is_cut(microbatch_size: int) -> None:
+    """PRIVACY 37: all rows of a drawn unit are in one micro-batch, which names it, and no others are."""
+    units = [[DENSE[row] for row in unit] for unit in UNITS]
+    made = unit_batches(microbatch_size, units)
+    for release in range(10):
+        drawn: list[int] = []
+        for part in made[release].micro_batches:
+            assert isinstance(part, DrawnRows)
+            rows, whose = part["x"].tolist(), list(part.examples)
+            assert [(whose[i], part.places[i]) for i in range(len(rows))] == [
+                (unit, units[unit].index(row)) for unit, row in zip(whose, rows, strict=True)
+            ]
+            for unit in dict.fromkeys(whose):
+                assert [row for row, of in zip(rows, whose, strict=True) if of == unit] == units[unit]
+            assert len(rows) <= microbatch_size or len(set(whose)) == 1
+            drawn += dict.fromkeys(whose)
+        assert sorted(drawn) == made.draws(release).tolist()
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([[i] for i in range(19)] + [[19, 3]], "row 3 to be of one unit, found it in 2"),
+        ([[i] for i in range(19)] + [[20]], "row 19 to be of one unit, found it in 0"),
+        ([[i] for i in range(19)] + [[]], "every unit to have a row"),
+        ([[i] for i in range(19)], "Expected 20 units, as in the plan, found 19"),
+    ],
+    ids=["of two", "of none", "empty", "too few"],
+)
+def test_rows_are_dealt_out_to_units(units: list[list[int]], message: str) -> None:
+    """PRIVACY 1 and 37: a row of two units would move two contributions."""
+    with pytest.raises(ValueError, match=message):
+        unit_batches(4, units)
+
+
+def test_the_unit_of_each_row_counts_from_0() -> None:
+    assert DrawnRows({}, 3, 0, [5, 9, 12]).unit_of_row is None
+    units = DrawnRows({}, 4, 0, [9, 5, 9, 12], [0, 0, 1, 0]).unit_of_row
+    assert units is not None
+    assert units.tolist() == [1, 0, 1, 2]

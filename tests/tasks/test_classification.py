@@ -47,7 +47,7 @@ def test_collate_by_hand(task):
     assert batch["token_type_ids"].tolist() == [[0] * 5, [0] * 5]
     assert batch["labels"].tolist() == [2, 0]
     assert {values.dtype for values in batch.values()} == {torch.int64}
-    assert task.unit_of_row(batch) is None
+    assert task.rows_of_unit is None
 
 
 def test_more_rows_than_one_tokenizer_call_keep_their_order(source, folder, bert_tokenizer):

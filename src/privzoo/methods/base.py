@@ -19,7 +19,7 @@ from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
-from privzoo.privacy.sampling import LogicalBatch, MicroBatch
+from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
 from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import Task
 
@@ -40,7 +40,7 @@ class PrivateMethod(LightningModule):
 
     Args:
         model: the pretrained model.
-        task: gives losses (R,) and the unit of each row.
+        task: gives losses (R,) and says which rows are of one unit.
         mechanism: holds plan and noise.
         trainable: what to train, see `select_trainable`.
         new_head: names of freshly initialised parameters.
@@ -141,18 +141,29 @@ class PrivateMethod(LightningModule):
             UserError: if the bound on one example's contribution would not hold for this model and task.
         """
 
+    def unit_of_row(self, micro_batch: MicroBatch) -> Tensor | None:
+        """The unit of privacy of each row of a drawn micro-batch, (R,), on the model's device; None: every row is one.
+
+        Raises:
+            UserError: if units may have several rows and the micro-batch does not say whose its rows are.
+        """
+        if isinstance(micro_batch, DrawnRows):
+            units = micro_batch.unit_of_row
+            return None if units is None else units.to(self.device)
+        if self.task.rows_of_unit is not None:
+            raise UserError(
+                "The task has units of several rows, and this micro-batch does not say whose its rows are: each would be "
+                "clipped alone, and one unit move the sum by more than clip_norm; draw it by PoissonBatches."
+            )
+        return None
+
     def losses(self, micro_batch: MicroBatch) -> Tensor:
         """The task's losses (R,) of a micro-batch, which is moved to the model's device.
 
         Raises:
-            UserError: for units of several rows, or another number of losses than of rows.
+            UserError: for another number of losses than of rows.
         """
         on_device = {name: value.to(self.device) for name, value in micro_batch.items()}
-        if self.task.unit_of_row(on_device) is not None:
-            raise UserError(
-                "The task has units of several rows, but rows are drawn one by one in this version: one unit would move the "
-                "sum by more than clip_norm; take one row a unit."
-            )
         with self.dropout.of(micro_batch):
             losses = self.task.losses(self.model, on_device)
         rows = getattr(micro_batch, "rows", None)  # of a draw; the pre-flight counts for itself

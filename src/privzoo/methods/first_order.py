@@ -20,7 +20,7 @@ from privzoo.privacy.clipping.engine import ClippedSums, zero_sums
 from privzoo.privacy.clipping.functions import FLAT
 from privzoo.privacy.noise import Part
 from privzoo.privacy.plan import ReleaseSetting
-from privzoo.privacy.preflight import check_engine
+from privzoo.privacy.preflight import check_engine, check_units
 from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 
 
@@ -64,7 +64,8 @@ class FirstOrder(PrivateMethod):
         for micro_batch in batch.micro_batches:
             if self.stop_requested:
                 raise Interrupted
-            found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, into=sums)
+            units = self.unit_of_row(micro_batch)
+            found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, unit_of_row=units, into=sums)
             losses.append(found.losses)
             norms.append(found.norms)
         if losses:
@@ -133,7 +134,8 @@ class FirstOrder(PrivateMethod):
 
         for number, phase in enumerate(self.mechanism.plan.phases):
             self.start_phase(number)
-            check_engine(
-                self.engine, self.model, losses, rows, self.dropout.naming(self.task.collate, rows), phase.clip_norm
-            )
+            collate = self.dropout.naming(self.task.collate, rows)
+            check_engine(self.engine, self.model, losses, rows, collate, phase.clip_norm)
+            if self.task.rows_of_unit is not None:
+                check_units(self.engine, self.model, losses, rows, collate, phase.clip_norm)
         self.start_phase(0)

@@ -84,10 +84,10 @@ class ZerothOrder(PrivateMethod):
         if self.stop_requested:
             raise Interrupted
         self.private_metrics.clear()
-        both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, R)
+        both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, U)
         if batch.micro_batches:
             self.private_metrics["private/loss"] = float(both.mean())
-        slopes = (both[:, 0] - both[:, 1]).t() / (2 * self.smoothing)
+        slopes = (both[:, 0] - both[:, 1]).t() / (2 * self.smoothing)  # (U, K)
         return {"directions": clipped_sum(slopes, self.mechanism.plan.at(batch.release).clip_norm, self._order)}
 
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
@@ -126,7 +126,8 @@ class ZerothOrder(PrivateMethod):
         # The longest row of a micro-batch decides how the others are padded, and so how they round. A loss that moves by r
         # moves a slope by up to r / lambda; 2 B of them, of either sign, come to less than 4 sqrt(2 B) r / lambda, which may
         # be 0.02 C.
-        allowed = 0.02 * clip_norm * self.smoothing / (4 * math.sqrt(2 * batch_size))
+        rows = max(map(len, self.task.rows_of_unit or [[0]]))  # of a unit, whose losses are added up
+        allowed = 0.02 * clip_norm * self.smoothing / (4 * math.sqrt(2 * batch_size) * rows)
         collate = self.dropout.naming(self.task.collate, self._rows)
         check_losses(self.model, losses, self._rows, collate, allowed)
 
@@ -174,7 +175,7 @@ class ZerothOrder(PrivateMethod):
         return self._made[1]
 
     def _losses_on_both_sides(self, batch: LogicalBatch, direction: Direction) -> Tensor:
-        """Losses at theta + lambda u and at theta - lambda u, shape (2, R), float64 on the CPU."""
+        """Losses of units at theta + lambda u and at theta - lambda u, shape (2, U), float64 on the CPU."""
         at, found = 0.0, []
         try:
             for place in (self.smoothing, -self.smoothing):
@@ -187,10 +188,15 @@ class ZerothOrder(PrivateMethod):
 
     @torch.no_grad()
     def _losses(self, batch: LogicalBatch) -> Tensor:
-        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]
-        for losses in found:
-            checked_units(losses, None)
-        return torch.cat(found).to("cpu", torch.float64) if found else torch.zeros(0, dtype=torch.float64)
+        found = [self._by_unit(micro_batch) for micro_batch in batch.micro_batches]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+    def _by_unit(self, micro_batch: MicroBatch) -> Tensor:
+        """The losses of each unit's rows added up, (U,)."""
+        losses = self.losses(micro_batch)
+        units, count = checked_units(losses, self.unit_of_row(micro_batch))
+        sums = torch.zeros(count, dtype=torch.float64)
+        return sums.index_add_(0, units.cpu(), losses.to("cpu", torch.float64))
 
 
 def clipped_sum(slopes: Tensor, clip_norm: float, order: int = 2) -> Tensor:

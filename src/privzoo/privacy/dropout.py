@@ -1,7 +1,7 @@
 """Dropout whose masks are keyed by release, example and place in the model.
 
-A mask is a function of the run's secret key, the release, the example's number, and how many dropouts came before in the
-forward pass. From one generator for all rows it would hang on who else is in the batch: without one example of a draw, every
+A mask is a function of the run's secret key, the release, the example's number (and the row's, in an example of several),
+and how many dropouts came before in the forward pass. From one generator for all rows it would hang on who else is in the batch: without one example of a draw, every
 later one would get its neighbour's mask. Here, given the masks, an example moves the sum of a draw by its own clipped
 contribution alone; and as masks are independent draws of a key that no output shows, they may be taken as given when an
 example comes to the data or leaves them (the numbers of later ones then shift, which changes no distribution). Both losses
@@ -62,14 +62,16 @@ class KeyedDropout(TorchFunctionMode):
             return value
         if value.dim() not in (2, 3) or len(value) != len(self.rows.examples):
             raise UserError(_refusal(f"dropout of shape {tuple(value.shape)} for {len(self.rows.examples)} rows"))
-        kept = np.stack([self._mask(example, value.shape[1:], p) for example in self.rows.examples])
+        whose = zip(self.rows.examples, self.rows.places, strict=True)
+        kept = np.stack([self._mask(example, place, value.shape[1:], p) for example, place in whose])
         self.uses += 1
         mask = torch.from_numpy(kept).to(value.device)
         scaled = mask.to(value.dtype).div_(1 - p)
         return value.mul_(scaled) if inplace else value * scaled
 
-    def _mask(self, example: int, shape: torch.Size, p: float) -> np.ndarray:
-        stream = self.key.stream("dropout", self.rows.release, self.digest, str(example), block=self.uses)
+    def _mask(self, example: int, place: int, shape: torch.Size, p: float) -> np.ndarray:
+        name = f"{example}/{place}" if place else str(example)
+        stream = self.key.stream("dropout", self.rows.release, self.digest, name, block=self.uses)
         return stream.random(tuple(shape), dtype=np.float32) >= p
 
 

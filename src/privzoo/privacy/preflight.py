@@ -49,6 +49,35 @@ def check_engine(
     _refuse_unused(model, losses(collate(together)))
 
 
+def check_units(
+    engine: Callable[..., ClippedSums],
+    model: nn.Module,
+    losses: Callable[[MicroBatch], Tensor],
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], MicroBatch],
+    clip_norm: float,
+) -> None:
+    """For tasks whose units have several rows: the same comparison of pairs of rows, each one unit.
+
+    Args:
+        rest: as for `check_engine`, which comes before.
+    Raises:
+        UserError: naming what differs.
+    """
+    clip_norm = min(clip_norm, 1e-3)
+    together = [rows[i] for i in range(min(4, len(rows)))]
+    units = torch.arange(len(together), device=next(model.parameters()).device) // 2
+    loop, sums, norms = _loop_like(engine, model), None, []
+    with _gates_open(model):
+        found = engine(lambda: losses(collate(together)), clip_norm=clip_norm, unit_of_row=units)
+        for pair in (together[i : i + 2] for i in range(0, len(together), 2)):
+            alone = loop(lambda pair=pair: losses(collate(pair)), clip_norm, units[: len(pair)] * 0, sums)  # type: ignore[misc]
+            norms.append(alone.norms)
+            sums = alone.sums
+    assert sums is not None
+    _compare_gradients(found, torch.cat(norms).to(found.norms.dtype), sums, loop, clip_norm, _tolerances(model)[1])
+
+
 def check_losses(
     model: nn.Module,
     losses: Callable[[MicroBatch], Tensor],
@@ -194,8 +223,7 @@ def _compare_with_loop(
     found = engine(lambda: losses(collate(together)), clip_norm=clip_norm)
     if len(found.losses) != len(together):
         raise UserError(f"Expected {len(together)} losses for {len(together)} rows, found {len(found.losses)}.")
-    groups, clipping = getattr(engine, "groups", "all"), getattr(engine, "clipping", FLAT)
-    loop, sums, alone = Loop(model, groups, clipping, getattr(engine, "shares", None)), None, []
+    loop, sums, alone = _loop_like(engine, model), None, []
     for row in together:
         alone.append(loop(lambda row=row: losses(collate([row])), clip_norm=clip_norm, into=sums))  # type: ignore[misc]
         sums = alone[-1].sums
@@ -210,6 +238,12 @@ def _compare_with_loop(
     if fine < coarse:
         sound = [row for row, good in zip(together, finite.tolist(), strict=True) if good]
         _compare_at_one_shape(engine, loop, losses, sound, collate, clip_norm, fine)
+
+
+def _loop_like(engine: Callable[..., ClippedSums], model: nn.Module) -> Loop:
+    """The definition, clipping as the engine does."""
+    groups, clipping = getattr(engine, "groups", "all"), getattr(engine, "clipping", FLAT)
+    return Loop(model, groups, clipping, getattr(engine, "shares", None))
 
 
 def _compare_at_one_shape(

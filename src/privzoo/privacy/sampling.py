@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -15,18 +16,33 @@ MicroBatch = dict[str, Tensor]
 
 
 class DrawnRows(dict[str, Tensor]):
-    """A micro-batch that remembers how many rows it is of, whatever was made of them, and which.
+    """A micro-batch that remembers how many rows it is of, whatever was made of them, and whose they are.
 
     Args:
         collated: what the task made of the rows.
         rows: how many.
         release: that they were drawn for.
-        examples: their numbers in the training split.
+        examples: of each row, the number of its unit of privacy in the training split; all rows of a unit are here.
+        places: of each row, its place among the rows of its unit; None: every row is a unit.
     """
 
-    def __init__(self, collated: MicroBatch, rows: int, release: int, examples: Sequence[int]) -> None:
+    def __init__(
+        self,
+        collated: MicroBatch,
+        rows: int,
+        release: int,
+        examples: Sequence[int],
+        places: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(collated)
         self.rows, self.release, self.examples = rows, release, examples
+        self.places = [0] * len(examples) if places is None else places
+
+    @property
+    def unit_of_row(self) -> Tensor | None:
+        """For an engine: the unit of each row, counted from 0 within this micro-batch, (R,); None: every row is one."""
+        distinct, numbers = np.unique(self.examples, return_inverse=True)
+        return None if len(distinct) == len(numbers) else torch.from_numpy(numbers)
 
 
 @dataclass(frozen=True)
@@ -70,9 +86,11 @@ class PoissonBatches(Dataset[LogicalBatch]):
         draws: which rows take part.
         collate: rows to one padded micro-batch; never called with no rows.
         length: sort key of a row (tokens).
-        microbatch_size: rows a micro-batch at most; memory only.
+        microbatch_size: rows a micro-batch at most, but that a unit is never cut; memory only.
+        rows_of_unit: of each unit of privacy, the numbers of its rows; None: every row is a unit. Units are drawn, with
+            all their rows.
     Raises:
-        ValueError: if the plan was made for another number of rows.
+        ValueError: if the plan was made for another number of units, or the rows are not dealt out to them one by one.
     """
 
     def __init__(
@@ -82,9 +100,14 @@ class PoissonBatches(Dataset[LogicalBatch]):
         collate: Callable[[list[Any]], MicroBatch],
         length: Callable[[Any], int],
         microbatch_size: int,
+        rows_of_unit: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if len(rows) != draws.plan.num_examples:
-            raise ValueError(f"Expected {draws.plan.num_examples} rows, as in the plan, found {len(rows)}.")
+        units = len(rows if rows_of_unit is None else rows_of_unit)
+        if units != draws.plan.num_examples:
+            raise ValueError(f"Expected {draws.plan.num_examples} units, as in the plan, found {units}.")
+        if rows_of_unit is not None:
+            _check_dealt_out(rows_of_unit, len(rows))
+        self.rows_of_unit = rows_of_unit
         self.rows = rows
         self.draws = draws
         self.collate = collate
@@ -95,15 +118,41 @@ class PoissonBatches(Dataset[LogicalBatch]):
         return self.draws.plan.steps
 
     def __getitem__(self, release: int) -> LogicalBatch:
-        drawn = [(int(i), self.rows[int(i)]) for i in self.draws(release)]
-        drawn.sort(key=lambda each: self.length(each[1]), reverse=True)
-        starts = range(0, len(drawn), self.microbatch_size)
-        parts = [drawn[i : i + self.microbatch_size] for i in starts]
-        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts))
+        drawn = [(int(unit), self._rows_of(int(unit))) for unit in self.draws(release)]
+        drawn.sort(key=lambda each: max(map(self.length, each[1])), reverse=True)
+        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in self._parts(drawn)))
 
-    def _micro_batch(self, release: int, part: list[tuple[int, Any]]) -> DrawnRows:
-        collated = self.collate([row for _, row in part])
-        return DrawnRows(collated, len(part), release, [number for number, _ in part])
+    def _rows_of(self, unit: int) -> list[Any]:
+        return [self.rows[int(row)] for row in ([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])]
+
+    def _parts(self, drawn: list[tuple[int, list[Any]]]) -> Iterator[list[tuple[int, list[Any]]]]:
+        """Whole units, as many as fit; one that is too large is a part by itself."""
+        part: list[tuple[int, list[Any]]] = []
+        for unit in drawn:
+            if part and sum(len(rows) for _, rows in part) + len(unit[1]) > self.microbatch_size:
+                yield part
+                part = []
+            part.append(unit)
+        if part:
+            yield part
+
+    def _micro_batch(self, release: int, part: list[tuple[int, list[Any]]]) -> DrawnRows:
+        collated = self.collate([row for _, rows in part for row in rows])
+        examples = [number for number, rows in part for _ in rows]
+        places = [place for _, rows in part for place in range(len(rows))]
+        return DrawnRows(collated, len(examples), release, examples, places)
+
+
+def _check_dealt_out(rows_of_unit: Sequence[Sequence[int]], rows: int) -> None:
+    """Raises ValueError unless every row is of exactly one unit and every unit has one: of two it would move two sums."""
+    seen = np.zeros(rows, dtype=np.int64)
+    for unit in rows_of_unit:
+        if not len(unit):
+            raise ValueError("Expected every unit to have a row.")
+        np.add.at(seen, np.asarray(unit), 1)
+    if not bool((seen == 1).all()):
+        row = int(np.flatnonzero(seen != 1)[0])
+        raise ValueError(f"Expected row {row} to be of one unit, found it in {seen[row]}.")
 
 
 class ReleaseOrder(Sampler[int]):

@@ -14,7 +14,7 @@ class Task(ABC):
     """What is learned from which rows, and how it is scored.
 
     Used in this order: `load`, then `fingerprint` and `num_examples`, then `prepare`, then the rest. The row is the
-    unit of privacy unless `unit_of_row` says otherwise.
+    unit of privacy unless `rows_of_unit` says otherwise.
 
     Attributes:
         name: as in the run record.
@@ -23,7 +23,9 @@ class Task(ABC):
         label_names: the classes in words, None where they have none; the saved model's configuration holds them.
         metrics: the names that `evaluate` returns, the headline first.
         higher_is_better: of the headline metric.
-        num_examples: N, the number of rows of the train split; known after `load`.
+        num_examples: N, the number of units of privacy in the train split; known after `load`.
+        unit: what such a unit is called, in the privacy card.
+        rows_of_unit: of each unit, the numbers of its rows in `train`; None: every row is one. Known after `prepare`.
         selection: one sentence for the privacy card where the examples are a part of their source, or its rows are no
             examples; else None.
         train, validation: the encoded rows (`len`, `[i]` gives a dict); known after `prepare`.
@@ -36,6 +38,8 @@ class Task(ABC):
     higher_is_better: bool
     num_examples: int
     selection: str | None = None
+    unit: str = "example"
+    rows_of_unit: Sequence[Sequence[int]] | None = None
     label_names: Sequence[str] | None = None
     train: Sequence[dict]
     validation: Sequence[dict]
@@ -85,10 +89,6 @@ class Task(ABC):
         Args:
             loader: yields collated micro-batches on the model's device, at least one.
         """
-
-    def unit_of_row(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The privacy unit of each row, shape (R,), or None where every row is a unit of its own."""
-        return None
 
 
 class EncodedRows(Sequence[dict]):
