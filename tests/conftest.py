@@ -58,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = {
         "shared": None if shared_folder().is_dir() else f"no data and weights at {shared_folder()}",
         "slurm": None if shutil.which("sbatch") else "no sbatch on PATH",
+        "java": None if shutil.which("java") else "no java on PATH",
         "gpu": "" if any(item.get_closest_marker("gpu") for item in items) else None,
     }
     if absent["gpu"] is not None:

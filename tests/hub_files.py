@@ -21,8 +21,12 @@ def write(node: Any, folder: Path, rows: int = 40) -> None:
 
 def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
     """Texts of 2 to 60 words that begin with the row's name, labels in turn (one row without, where there may be such);
-    or SQuAD's four columns; or running text."""
+    or SQuAD's four columns, or a prompt and its reference; or running text."""
     texts = [" ".join([name, *(WORDS[(i * k + shift) % 7] for k in range(i * 7 % 60))]) for i, name in enumerate(names)]
+    if node.get("completions") and node.completions.get("one_text"):  # several rows of a prompt, with their own references
+        prompt = node.prompt.split("{")[1].split("}")[0]
+        pooled = [texts[i - i % 3] for i in range(len(texts))] if node.completions.get("pooled") else texts
+        return {prompt: pooled, node.completions.references: [text.rsplit(" ", 1)[1] for text in texts]}
     if node.get("completions"):
         last = [text.split()[-1] for text in texts]
         answers = [{"text": [word], "answer_start": [text.rindex(word)]} for text, word in zip(texts, last, strict=True)]

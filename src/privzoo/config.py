@@ -19,8 +19,9 @@ from privzoo.privacy.plan import Phase, default_delta
 GROUPS = ("task", "method", "model", "privacy", "trainer", "logger")
 VALUES = ("eps", "delta", "epochs", "batch_size", "microbatch_size", "lr", "clip_norm", "seed")
 PATHS = ("data_root", "output_dir", "resume")
-TOP_LEVEL = (*GROUPS, *VALUES, *PATHS, "choices")
+TOP_LEVEL = (*GROUPS, *VALUES, *PATHS, "data", "choices")
 NESTED = {
+    "data": ("path", "validation_path", "on_error"),
     "privacy": ("noise_multiplier", "noise", "accountant", "noise_seed"),
     "trainer": (
         "accelerator",
@@ -104,6 +105,7 @@ def validate(cfg: DictConfig) -> None:
     _check_privacy(cfg)
     _check_trainer(cfg)
     _check_one_of(cfg, "logger.private", (True, False))
+    _check_own_data(cfg)
     _check_paths(cfg)
 
 
@@ -222,6 +224,23 @@ def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)
     _check_whole(cfg, "trainer.validate_every", 0)
+
+
+def _check_own_data(cfg: DictConfig) -> None:
+    _check_one_of(cfg, "data.on_error", ("raise", "skip"))
+    reads_files = "path" in (cfg.task.get("data") or {})
+    if not reads_files and any(cfg.data[key] is not None for key in ("path", "validation_path")):
+        raise UserError(
+            f"Expected data.path={cfg.data.path} to be null for task={cfg.choices.task}: task=jsonl reads a file."
+        )
+    if not reads_files and cfg.data.on_error != "raise":
+        raise UserError(f"Expected data.on_error=raise for task={cfg.choices.task}: task=jsonl alone can skip rows.")
+    if reads_files and cfg.task.data.path is None:
+        raise UserError(f"Expected data.path=<file> beside task={cfg.choices.task}: it reads a file of your own.")
+    for key in ("path", "validation_path"):
+        path = cfg.task.data.get(key) if reads_files else None
+        if path is not None and not Path(str(path)).expanduser().is_file():
+            raise UserError(f"Expected data.{key}={path} to be a file: it does not exist.")
 
 
 def _check_paths(cfg: DictConfig) -> None:

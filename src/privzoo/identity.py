@@ -220,6 +220,7 @@ def first_record(
         steps=0,
         steps_planned=plan.steps,
         lr=cfg.lr,
+        note=task.note,
         devices=1,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         git_commit=git_commit(),

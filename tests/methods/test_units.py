@@ -1,4 +1,4 @@
-"""PRIVACY line 37: units of privacy of several rows (an owner's, a question's windows, an image's views) are one contribution."""
+"""PRIVACY line 37: units of privacy of several rows (of an owner, windows of a question) are one contribution."""
 
 from functools import partial
 

@@ -17,7 +17,7 @@ from privzoo.tasks.few_shot import FewShot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "src" / "privzoo" / "models" / "tiny"
-FILES = sorted((REPOSITORY / "conf" / "task").glob("*.yaml"))
+FILES = [path for path in sorted((REPOSITORY / "conf" / "task").glob("*.yaml")) if path.stem != "jsonl"]  # a user's own file
 OF_KIND = {
     "sequence_classification": ("tiny_encoder", transformers.AutoModelForSequenceClassification),
     "causal_lm": ("tiny_lm", transformers.AutoModelForCausalLM),
@@ -65,8 +65,9 @@ def test_toy_task_end_to_end(path):
 @pytest.mark.parametrize("path", [path for path in FILES if not is_toy(path)], ids=lambda path: path.stem)
 def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
     """On a few rows in the hub's format, of lengths from one word to more than fit."""
-    few_shot = {"data": {"per_class": 5}} if path.stem.endswith("few_shot") else {}
-    task, node = read(path, max_length=48, **few_shot)
+    changes = {"data": {"per_class": 5}} if path.stem.endswith("few_shot") else {}
+    changes |= {"completions": {"max_new_tokens": 16}} if "completions" in OmegaConf.load(path) else {}
+    task, node = read(path, max_length=48, **changes)
     write_hub_files(node, tmp_path)
     task.load(str(tmp_path))
     check_the_contract(task)
@@ -92,6 +93,7 @@ def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     code, output = privzoo(
         f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
         *(["task.data.per_class=20"] if few_shot else []),
+        *(["task.completions.max_new_tokens=16"] if "completions" in node else []),
         f"data_root={tmp_path / 'data'}", "task.max_length=48", "batch_size=10", "microbatch_size=8",
         f"epochs={25 / task.num_examples}", "trainer.accelerator=cpu", f"output_dir={tmp_path / 'runs'}",
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """Dropout whose masks are keyed by release, example and place in the model.
 
 A mask is a function of the run's secret key, the release, the example's number (and the row's, in an example of several),
-and how many dropouts came before in the forward pass. From one generator for all rows it would hang on who else is in the batch: without one example of a draw, every
-later one would get its neighbour's mask. Here, given the masks, an example moves the sum of a draw by its own clipped
-contribution alone; and as masks are independent draws of a key that no output shows, they may be taken as given when an
-example comes to the data or leaves them (the numbers of later ones then shift, which changes no distribution). Both losses
-of a slope and all passes of an engine see the same masks; sizes of micro-batches, padding and a resume change nothing.
+and how many dropouts came before in the forward pass. From one generator for all rows it would hang on who else is in the
+batch: without one example of a draw, every later one would get its neighbour's mask. Here, given the masks, an example moves
+the sum of a draw by its own clipped contribution alone; and as masks are independent draws of a key that no output shows,
+they may be taken as given when an example comes to the data or leaves them (the numbers of later ones then shift, which
+changes no distribution). Both losses of a slope and all passes of an engine see the same masks; sizes of micro-batches,
+padding and a resume change nothing.
 
 Source: Srivastava et al. 2014 (dropout).
 """

@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
+
+from privzoo.tasks.units import OWNER, UNIT, RowsOfUnits
 
 
 class Task(ABC):
@@ -28,6 +31,7 @@ class Task(ABC):
         rows_of_unit: of each unit, the numbers of its rows in `train`; None: every row is one. Known after `prepare`.
         selection: one sentence for the privacy card where the examples are a part of their source, or its rows are no
             examples; else None.
+        note: one sentence for the record, such as which metrics cannot be had here; else None.
         train, validation: the encoded rows (`len`, `[i]` gives a dict); known after `prepare`.
     """
 
@@ -38,11 +42,18 @@ class Task(ABC):
     higher_is_better: bool
     num_examples: int
     selection: str | None = None
+    note: str | None = None
     unit: str = "example"
     rows_of_unit: Sequence[Sequence[int]] | None = None
     label_names: Sequence[str] | None = None
     train: Sequence[dict]
     validation: Sequence[dict]
+
+    def count(self, train: pa.Table) -> None:
+        """Sets N, and which rows are of one unit, by the train split; for `load`."""
+        if UNIT in train.column_names:
+            self.unit, self.rows_of_unit = OWNER, RowsOfUnits(train[UNIT].to_numpy())
+        self.num_examples = train.num_rows if self.rows_of_unit is None else len(self.rows_of_unit)
 
     @abstractmethod
     def load(self, data_root: str | None) -> None:

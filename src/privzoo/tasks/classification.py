@@ -13,6 +13,7 @@ from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, p
 from privzoo.tasks.columns import Column, content_digest
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
+from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.prompts import Prompt, batches
 
 ROWS_PER_TOKENIZER_CALL = 2_000
@@ -40,6 +41,7 @@ class Classification(Task):
         unlabelled: a label that means "none"; such rows are left out of every split.
         also_scored: further splits of `data` that are scored beside validation, each by itself (MNLI's mismatched one).
         head: "classifier" or "prompt".
+        named_labels: whether the label column may hold the names of `label_names`, too.
         prompt: the template and the words of the classes; None: the task has only the other head.
     Raises:
         UserError: an argument is not of this form.
@@ -53,7 +55,7 @@ class Classification(Task):
     def __init__(
         self,
         name: str,
-        data: HubData | ToyData | FewShot,
+        data: HubData | ToyData | FewShot | OwnData,
         text: Sequence[str],
         label: str,
         num_labels: int,
@@ -63,6 +65,7 @@ class Classification(Task):
         also_scored: Sequence[str] = (),
         head: str = "classifier",
         prompt: Prompt | None = None,
+        named_labels: bool = False,
     ):
         text = [text] if isinstance(text, str) else list(text)
         if len(text) not in (1, 2):
@@ -79,15 +82,16 @@ class Classification(Task):
         self.kind, self._prompt = KINDS[head], prompt if head == "prompt" else None
         self.name, self.num_labels, self.max_length = name, num_labels, max_length
         self.label_names = list(label_names) if label_names is not None else None
-        self._data, self._text, self._label = data, text, Column(label, "label", num_labels, unlabelled)
+        names = tuple(label_names or ()) if named_labels else ()
+        self._data, self._text, self._label = data, text, Column(label, "label", num_labels, unlabelled, names)
         self._scored = ("validation", *also_scored)
         self.metrics = ("accuracy", "loss", *(f"accuracy_{split}" for split in also_scored))
-        self.selection = data.selection if isinstance(data, FewShot) else None
 
     def load(self, data_root: str | None) -> None:
         columns = [Column(name, "text") for name in self._text] + [self._label]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", *self._scored)}
-        self.num_examples = self._tables["train"].num_rows
+        self.count(self._tables["train"])
+        self.selection = self._data.selection
 
     def fingerprint(self) -> str:
         settings = f"{self.kind} {self._text} {self._label.name} {self.max_length}"

@@ -21,18 +21,26 @@ class Column:
     """A column of a task's table: its name, what it holds, and for a label the number of classes.
 
     Attributes:
+        names: of the classes, where a label column may hold them in place of numbers.
+        empty: whether a text may be blank.
         unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
             others are; None: there is no such number.
     """
 
     name: str
-    kind: Literal["text", "texts", "label", "image"]
+    kind: Literal["text", "texts", "label", "image", "key"]
     num_labels: int = 0
     unlabelled: int | None = None
+    names: tuple[str, ...] = ()
+    empty: bool = True
 
     def takes(self, label: int) -> bool:
         """Whether a label column may hold this integer."""
         return 0 <= label < self.num_labels or label == self.unlabelled
+
+    def number_of(self, name: object) -> object:
+        """The number of a class that is given by its name; anything else as it is."""
+        return self.names.index(name) if name in self.names else name
 
 
 def require_columns(found: Sequence[str], columns: Sequence[Column], where: str) -> None:
@@ -51,9 +59,13 @@ def require_columns(found: Sequence[str], columns: Sequence[Column], where: str)
 
 def bad_label(where: str, row: int, value: object, column: Column) -> UserError:
     """The error for a label that is not an integer in range; to be raised by the caller."""
+    ways = f"an integer from 0 to {column.num_labels - 1}"
+    way_out = "set the task's num_labels"
+    if column.names:
+        named = ", ".join(column.names[:8]) + (", ..." if len(column.names) > 8 else "")
+        ways, way_out = f"one of the declared names ({named}) or {ways}", "task.label_names"
     return UserError(
-        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected an integer "
-        f"from 0 to {column.num_labels - 1}: correct the row, or set the task's num_labels."
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected {ways}: correct the row, or {way_out}."
     )
 
 
@@ -61,6 +73,19 @@ def bad_text(where: str, row: int, value: object, column: Column) -> UserError:
     """The error for a cell that is not text; to be raised by the caller."""
     return UserError(
         f"{where}, row {row}: {column.name!r} is {shown(value)}, expected text: correct the row or leave it out."
+    )
+
+
+def blank_text(where: str, row: int, column: Column) -> UserError:
+    """The error for a text of blanks alone, where one is needed; to be raised by the caller."""
+    return UserError(f"{where}, row {row}: {column.name!r} is blank, expected text: fill it or leave the row out.")
+
+
+def bad_key(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a cell that names nobody; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected a text that is not empty or a whole number: "
+        "correct the row or leave it out."
     )
 
 
@@ -82,9 +107,9 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     """The asked columns of `table`, each proved to hold what its kind says, in one layout per kind.
 
     Text comes back as large_string, texts (at least one a row; SQuAD's struct of texts and their places will do) as a
-    large_list of them, a label as int64 in 0..num_labels-1, an image as large_binary (the bytes of a picture file) or as
-    a fixed-shape uint8 tensor. Nothing is null and nothing is coerced. Rows without a label (`Column.unlabelled`) are left
-    out.
+    large_list of them, a label as int64 in 0..num_labels-1, a key as large_string, an image as large_binary (the bytes of a
+    picture file) or as a fixed-shape uint8 tensor. Nothing is null and nothing is coerced. Rows without a label
+    (`Column.unlabelled`) are left out.
 
     Args:
         table: has every one of `columns` (see `require_columns`).
@@ -94,13 +119,33 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     """
     if table.num_rows == 0:
         raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
-    check = {"text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image}
+    check = {
+        "text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image, "key": _checked_key
+    }  # fmt: skip
     checked = pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
     for column in (column for column in columns if column.unlabelled is not None):
         checked = checked.filter(pc.not_equal(checked[column.name], column.unlabelled))
         if checked.num_rows == 0:
             raise UserError(f"{where}: {column.name!r} is {column.unlabelled}, no label, in all rows: choose another split.")
     return checked
+
+
+def sound_rows(table: pa.Table, columns: Sequence[Column], where: str, skipped: list[int], first: int = 0) -> list[pa.Table]:
+    """`checked_table` of the rows that are what their columns say, in order, in pieces; the numbers of the others are added
+    to `skipped`. Whether a row is left out depends on that row alone.
+
+    Args:
+        first: number of the table's first row.
+    """
+    try:
+        return [checked_table(table, columns, where)] if table.num_rows else []
+    except UserError:
+        if table.num_rows == 1:
+            skipped.append(first)
+            return []
+    half = table.num_rows // 2
+    parts = ((table.slice(0, half), first), (table.slice(half), first + half))
+    return [piece for part, start in parts for piece in sound_rows(part, columns, where, skipped, start)]
 
 
 def first_true(mask: pa.ChunkedArray) -> int:
@@ -128,7 +173,22 @@ def _checked_text(
         raise UserError(
             f"{where}, row {row_of(row)}: {column.name!r} is not UTF-8, expected text: store the file as UTF-8."
         ) from error
+    if not column.empty:
+        row = first_true(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0))
+        if row >= 0:
+            raise blank_text(where, row_of(row), column)
     return text
+
+
+def _checked_key(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if pa.types.is_integer(array.type):
+        array = array.cast(pa.large_string())
+    elif not _is_text(array.type):
+        raise bad_key(where, 0, array[0].as_py(), column)
+    row = first_true(pc.equal(pc.fill_null(pc.utf8_length(array.cast(pa.large_string())), 0), 0))
+    if row >= 0:
+        raise bad_key(where, row, array[row].as_py(), column)
+    return _checked_text(array, column, where)
 
 
 def _checked_texts(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
@@ -165,6 +225,8 @@ def _is_utf8(raw: bytes) -> bool:
 def _checked_label(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
     if array.null_count:
         raise bad_label(where, first_true(pc.is_null(array)), None, column)
+    if column.names and _is_text(array.type):
+        array = _numbers_of_names(array, column, where)
     if not pa.types.is_integer(array.type):
         # Floats that happen to be whole are refused too: they are what pandas makes of a column with holes.
         row = max(first_true(pc.is_nan(array)), 0) if pa.types.is_floating(array.type) else 0
@@ -177,6 +239,19 @@ def _checked_label(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
     if row >= 0:
         raise bad_label(where, row, array[row].as_py(), column)
     return labels
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _numbers_of_names(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    numbers = pc.index_in(array.cast(pa.large_string()), pa.array(column.names, pa.large_string()))
+    row = first_true(pc.is_null(numbers))
+    if row >= 0:
+        raise bad_label(where, row, array[row].as_py(), column)
+    return numbers.cast(pa.int64())
 
 
 def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:

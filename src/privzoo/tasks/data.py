@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ class HubData:
     folder: str
     splits: dict[str, str]
     revision: str | None = None
+    selection: ClassVar[None] = None  # all rows of a split, as they are
 
     def __post_init__(self) -> None:
         named = list(self.splits.values())
@@ -119,6 +120,7 @@ class ToyData:
     """
 
     kind: Literal["text", "lm", "images"]
+    selection: ClassVar[None] = None
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """All rows of the split "train" or "validation"; `data_root` is not looked at.

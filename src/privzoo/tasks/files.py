@@ -2,8 +2,9 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +13,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from privzoo.errors import UserError, first_line
-from privzoo.tasks.columns import Column, bad_label, bad_text, bad_texts, first_true, require_columns
+from privzoo.tasks.columns import Column, bad_key, bad_label, bad_text, bad_texts, first_true, require_columns
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+OWN_SUFFIXES = (*SUFFIXES, ".json")
 
 
 def find_split(data_root: str, folder: str, split: str) -> Path:
@@ -50,49 +52,87 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"
 
 
-def read_split(path: Path, columns: Sequence[Column]) -> pa.Table:
+def read_split(path: Path, columns: Sequence[Column], skipped: list[int] | None = None) -> pa.Table:
     """The asked columns of a split file, as they are stored; nothing else is read, and nothing is written.
 
     CSV cells stay text character by character (`007` and `nan` are text), an unquoted empty cell is null and `""`
     is an empty text; only label columns are turned into integers.
 
+    Args:
+        skipped: rows of JSON and CSV that cannot be had are left out and their numbers added here; None: the first is an
+            error.
     Raises:
         UserError: the file is empty or cannot be read as what its name says, or a column is missing.
     """
-    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[path.suffix]
+    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[path.suffix]
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty (0 bytes), expected rows: fill it, or choose another data set.")
-        return reader(path, columns)
+        return reader(path, columns, skipped)
     except (pa.ArrowException, OSError, csv.Error) as error:
         reason = first_line(error)
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): fetch or write the file anew.") from error
 
 
-def _read_parquet(path: Path, columns: Sequence[Column]) -> pa.Table:
+def _read_parquet(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     # Not read_table: that takes folders named a=b above the file for columns.
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         require_columns(file.schema_arrow.names, columns, str(path))
         return file.read(columns=[column.name for column in columns])
 
 
-def _read_jsonl(path: Path, columns: Sequence[Column]) -> pa.Table:
+def _read_jsonl(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     """Python's json, not Arrow's: Arrow takes text that looks like a date for a date."""
-    cells: dict[str, list] = {column.name: [] for column in columns}
-    row = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            record = _parse_line(path, number, line)
-            if row == 0:
-                require_columns(list(record), columns, str(path))
-            for column in columns:
-                if column.name not in record:
-                    raise UserError(f"{path}, row {row} has no {column.name!r}: add it or leave the row out.")
-                cells[column.name].append(_checked_cell(record[column.name], column, str(path), row))
-            row += 1
-    types = {"text": pa.large_string(), "texts": pa.large_list(pa.large_string()), "label": pa.int64()}
+        lines = (partial(_parse_line, path, number, line) for number, line in enumerate(file, start=1) if line.strip())
+        return _of_records(lines, columns, str(path), skipped)
+
+
+def _read_json(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
+    """One list of objects."""
+    try:
+        records = json.loads(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8, expected text: store the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): write a list of objects, or one object a line as .jsonl.") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path} holds a {type(records).__name__}, expected a list of objects: write it so.")
+    objects = (partial(_object, path, row, record) for row, record in enumerate(records))
+    return _of_records(objects, columns, str(path), skipped)
+
+
+def _object(path: Path, row: int, record: object) -> dict:
+    if not isinstance(record, dict):
+        raise UserError(f"{path}, row {row} is a {type(record).__name__}, expected an object.")
+    return record
+
+
+def _of_records(
+    records: Iterable[Callable[[], dict]], columns: Sequence[Column], where: str, skipped: list[int] | None
+) -> pa.Table:
+    cells: dict[str, list] = {column.name: [] for column in columns}
+    known = False
+    for row, record_of in enumerate(records):
+        try:
+            record = record_of()
+            if not known:
+                require_columns(list(record), columns, where)
+                known = True
+            found = [_cell_of(record, column, where, row) for column in columns]
+        except UserError:
+            if skipped is None or not known:
+                raise
+            skipped.append(row)
+            continue
+        for column, cell in zip(columns, found, strict=True):
+            cells[column.name].append(cell)
+    types = {
+        "text": pa.large_string(),
+        "texts": pa.large_list(pa.large_string()),
+        "label": pa.int64(),
+        "key": pa.large_string(),
+    }
     return pa.table({column.name: pa.array(cells[column.name], types[column.kind]) for column in columns})
 
 
@@ -108,12 +148,24 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict:
     return record
 
 
+def _cell_of(record: dict, column: Column, where: str, row: int) -> object:
+    if column.name not in record:
+        raise UserError(f"{where}, row {row} has no {column.name!r}: add it or leave the row out.")
+    return _checked_cell(record[column.name], column, where, row)
+
+
 def _checked_cell(value: object, column: Column, where: str, row: int) -> object:
     if column.kind == "image":
         raise UserError(f"{where}: JSON lines cannot hold images such as {column.name!r}: store them as Parquet.")
     if column.kind == "label":
-        if type(value) is not int or not column.takes(value):
+        number = column.number_of(value)
+        if type(number) is not int or not column.takes(number):
             raise bad_label(where, row, value, column)
+        return number
+    elif column.kind == "key":
+        if (not isinstance(value, str) or not value) and type(value) is not int:
+            raise bad_key(where, row, value, column)
+        return _checked_cell(str(value), replace(column, kind="text"), where, row)
     elif column.kind == "texts":
         texts = value.get("text") if isinstance(value, dict) else value
         if not isinstance(texts, list):
@@ -128,7 +180,7 @@ def _has_lone_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
+def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     names = [column.name for column in columns]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -161,15 +213,19 @@ def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
             ways = "Parquet" if column.kind == "image" else "Parquet or JSON lines"
             raise UserError(f"{path}: CSV cannot hold {what} such as {column.name!r}: store them as {ways}.")
         if column.kind == "label":
-            table = table.set_column(index, column.name, _labels_of_csv(table[column.name], column, str(path)))
+            labels = _labels_of_csv(table[column.name], column)
+            row = first_true(pc.is_null(labels))
+            if row >= 0 and skipped is None:
+                raise bad_label(str(path), row, table[column.name][row].as_py(), column)
+            table = table.set_column(index, column.name, labels)
     return table
 
 
-def _labels_of_csv(cells: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
-    row = first_true(pc.invert(pc.fill_null(pc.match_substring_regex(cells, r"^-?[0-9]{1,18}$"), False)))
-    if row >= 0:
-        raise bad_label(where, row, cells[row].as_py(), column)
-    return cells.cast(pa.int64())
+def _labels_of_csv(cells: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
+    """The number of each cell that is one, or a declared name; null for others."""
+    is_number = pc.fill_null(pc.match_substring_regex(cells, r"^-?[0-9]{1,18}$"), False)
+    numbers = pc.if_else(is_number, cells, pa.scalar(None, pa.large_string())).cast(pa.int64())
+    return pc.coalesce(pc.index_in(cells, pa.array(column.names, pa.large_string())).cast(pa.int64()), numbers)
 
 
 def _not_utf8(path: Path, line: int) -> UserError:

@@ -48,7 +48,8 @@ class ImageClassification(Task):
             if pa.types.is_large_binary(table.schema.field(self._image).type):
                 for row, cell in enumerate(table[self._image]):
                     open_image(cell.as_buffer(), f"{self.name} ({split} split)", row)
-        self.num_examples = self._tables["train"].num_rows
+        self.count(self._tables["train"])
+        self.selection = self._data.selection
 
     def fingerprint(self) -> str:
         return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label}")

@@ -14,7 +14,8 @@ from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_leng
 from privzoo.tasks.columns import Column, content_digest
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
-from privzoo.tasks.templates import Template, filled, parsed
+from privzoo.tasks.own_data import OwnData
+from privzoo.tasks.templates import Template, cut_to, filled, parsed
 
 NO_LOSS = -100  # the label of a token that carries no loss
 
@@ -25,16 +26,18 @@ class PromptCompletion(Task):
     `prompt` and `target` are templates with columns in braces: "Sentence : {sentence} Label :". A row is [start token,
     if the tokenizer sets one] + prompt + target + end token. Prompt and target are tokenised apart, as they are when
     text is generated from the prompt alone, so a space between them belongs to the target's template.
-    A row longer than `max_length` loses the beginning of its prompt; a target that alone is too long loses its end.
+    A row longer than `max_length` loses the end of its `cut` column, and then the beginning of its prompt; a target that
+    alone is too long loses its end.
     The loss of a row is the mean over its own target tokens, so that a long target weighs no more than a short one;
     a row of which no target token is left has the loss 0 and the gradient 0.
 
     Args:
         name: as in the run record.
         data: where the rows come from.
-        prompt, target: templates, each with at least one text column; a brace itself is written twice. Of a column of
-            several texts a row (the references of `completions`) the first is taken.
+        prompt, target: templates, each with at least one text column, but that a prompt may be empty; a brace itself is
+            written twice. Of a column of several texts a row (the references of `completions`) the first is taken.
         max_length: tokens of a row, at least 2.
+        cut: the column of the prompt that is shortened where a row is too long; None: there is none.
         completions: how validation prompts are completed and scored; its first metric is the headline then. None: the
             perplexity of the targets is.
     Raises:
@@ -49,30 +52,45 @@ class PromptCompletion(Task):
     def __init__(
         self,
         name: str,
-        data: HubData | ToyData,
+        data: HubData | ToyData | OwnData,
         prompt: str,
         target: str,
         max_length: int,
         completions: Completions | None = None,
+        cut: str | None = None,
     ):
         self.name, self.max_length = name, max_length
         self._completions = completions
         if completions is not None:
             completions.room(max_length)
+            completions.scores.check()
             self.metrics, self.higher_is_better = (*completions.metrics, *self.metrics), True
+            missing = completions.scores.missing()
+            self.note = "; ".join(f"{name} was not computed: {why}" for name, why in missing.items()) or None
         self._data = data
         self._templates = {"prompt": prompt, "target": target}
-        self._parts = {role: parsed(template, role) for role, template in self._templates.items()}
+        self._parts = {"prompt": parsed(prompt, "prompt", may_be_empty=True), "target": parsed(target, "target")}
+        if cut is not None and cut not in [name for _, name in self._parts["prompt"]]:
+            raise UserError(f"Expected task.cut={cut} to be a column of task.prompt={prompt!r}.")
+        self._cut = cut
 
     def load(self, data_root: str | None) -> None:
-        names = [name for parts in self._parts.values() for _, name in parts if name is not None]
-        many = [self._completions.references] if self._completions is not None else []
-        columns = [Column(name, "texts" if name in many else "text") for name in dict.fromkeys(names + many)]
+        named = {role: [name for _, name in parts if name is not None] for role, parts in self._parts.items()}
+        asked = self._completions
+        references = [asked.references] if asked is not None else []
+        many = [] if asked is None or asked.one_text else references
+        names = dict.fromkeys(named["prompt"] + named["target"] + references)
+        blank = not isinstance(self._data, OwnData)  # a published set is taken as it is
+        columns = [
+            Column(name, "texts") if name in many else Column(name, "text", empty=blank or name not in named["target"])
+            for name in names
+        ]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
-        self.num_examples = self._tables["train"].num_rows
+        self.count(self._tables["train"])
+        self.selection = self._data.selection
 
     def fingerprint(self) -> str:
-        return content_digest(self._tables["train"], f"{self.kind} {self._templates} {self.max_length}")
+        return content_digest(self._tables["train"], f"{self.kind} {self._templates} {self.max_length} {self._cut}")
 
     def prepare(self, processor) -> None:
         check_tokenizer(processor, self.name)
@@ -87,6 +105,16 @@ class PromptCompletion(Task):
         self.train, self.validation = (self._encoded(processor, self._tables[s]) for s in ("train", "validation"))
         if self._completions is not None:
             self._prompts = self._encoded_prompts(processor, self._completions.room(self.max_length))
+            self._rows_of_prompt = self._asked(self._completions.pooled)
+
+    def _asked(self, pooled: bool) -> dict[int, list[int]]:
+        """The validation rows that are completed, each with those whose references it is scored by."""
+        if not pooled:
+            return {row: [row] for row in range(len(self.validation))}
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(filled(self._parts["prompt"], self._tables["validation"])):
+            rows.setdefault(prompt, []).append(row)
+        return {those[0]: those for those in rows.values()}
 
     def _encoded_prompts(self, processor, room: int) -> EncodedRows:
         """Validation prompts as a model is asked to go on from them: in `room` tokens, whatever their targets are."""
@@ -96,7 +124,8 @@ class PromptCompletion(Task):
         batches = (
             {
                 "input_ids": [
-                    shortened(start, prompt, room) for prompt in template_ids(processor, self._parts["prompt"], part)
+                    shortened(start, prompt, room)
+                    for prompt in self._prompt_ids(processor, part, [room - len(start)] * part.num_rows)
                 ]
             }
             for part in parts
@@ -112,10 +141,23 @@ class PromptCompletion(Task):
         start, end = start_tokens(processor), [processor.eos_token_id]
         for first in range(0, table.num_rows, ROWS_PER_TOKENIZER_CALL):
             part = table.slice(first, ROWS_PER_TOKENIZER_CALL)
-            prompts, targets = (template_ids(processor, self._parts[role], part) for role in ("prompt", "target"))
+            targets = template_ids(processor, self._parts["target"], part)
+            rooms = [self.max_length - len(start) - len(target) - len(end) for target in targets]
+            prompts = self._prompt_ids(processor, part, rooms)
             rows = [joined(start, p, t + end, self.max_length) for p, t in zip(prompts, targets, strict=True)]
             context.extend(before for _, before in rows)
             yield {"input_ids": [ids for ids, _ in rows]}
+
+    def _prompt_ids(self, processor, part: pa.Table, rooms: list[int]) -> list[list[int]]:
+        """Ids of each row's prompt, with `cut` shortened where they do not fit."""
+        prompts = template_ids(processor, self._parts["prompt"], part)
+        if self._cut is None:
+            return prompts
+        for row, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
+            if len(prompt) > room:
+                cells = {name: part[name][row].as_py() for _, name in self._parts["prompt"] if name is not None}
+                prompts[row] = cut_to(processor, self._parts["prompt"], cells, self._cut, max(room, 0))
+        return prompts
 
     def length(self, row: dict) -> int:
         return len(row["input_ids"])
@@ -144,14 +186,21 @@ class PromptCompletion(Task):
             for batch in loader:
                 found.add(model, batch)
                 if self._completions is not None:
-                    numbers = batch["row"].tolist()
+                    numbers = [number for number in batch["row"].tolist() if number in self._rows_of_prompt]
                     prompts = [self._prompts[number]["input_ids"].tolist() for number in numbers]
-                    texts |= dict(zip(numbers, self._completions.made(model, self._processor, prompts), strict=True))
+                    made = self._completions.made(model, self._processor, prompts) if prompts else []
+                    texts |= dict(zip(numbers, made, strict=True))
         scores = found.scores()
         if self._completions is None:
             return scores
-        references = self._tables["validation"][self._completions.references].take(list(texts)).to_pylist()
-        return self._completions.scores(list(texts.values()), references) | scores
+        return self._completions.scores(list(texts.values()), [self._references(number) for number in texts]) | scores
+
+    def _references(self, number: int) -> list[str]:
+        """The reference texts of a validation row that was completed."""
+        assert self._completions is not None
+        column = self._tables["validation"][self._completions.references]
+        found = [column[row].as_py() for row in self._rows_of_prompt[number]]
+        return found if self._completions.one_text else [text for texts in found for text in texts]
 
 
 def joined(start: list[int], prompt: list[int], target: list[int], max_length: int) -> tuple[list[int], int]:

@@ -1,0 +1,50 @@
+"""What a causal language model makes of prompts: a batch at a time, padded on the left, by the asked settings alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+
+def generated(model: torch.nn.Module, processor, prompts: Sequence[list[int]], **settings) -> list[list[int]]:
+    """The new tokens of each prompt, up to its end token (left out) or `max_new_tokens`.
+
+    Nothing of the model's own generation settings takes part, and what others are in the batch changes nothing but
+    rounding. The model must take as many tokens as the longest prompt and `max_new_tokens` together have.
+
+    Args:
+        prompts: token ids; one without any begins with the padding token, as there must be something to go on from.
+        settings: of a GenerationConfig, max_new_tokens among them; greedy unless do_sample or num_beams say otherwise.
+    """
+    end = processor.eos_token_id
+    blank = processor.pad_token_id if processor.pad_token_id is not None else end
+    kept = [prompt or [blank] for prompt in prompts]
+    longest = max(map(len, kept))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[blank] * (longest - len(prompt)) + prompt for prompt in kept], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in kept], device=device)
+    asked = GenerationConfig(**{"do_sample": False, "num_beams": 1, **settings}, pad_token_id=blank, eos_token_id=end)
+    with _settings(model, asked):
+        made: Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+    return [_up_to(end, row) for row in made[:, longest:].tolist()]
+
+
+def _up_to(end: int | None, ids: list[int]) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@contextmanager
+def _settings(model: torch.nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """Meanwhile the model generates by these settings alone: given to `generate`, they would be filled up with its own, such
+    as a penalty on repetition. An adapter's wrapper has a copy of its base's."""
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [module.generation_config for module in holders]
+    for module in holders:
+        module.generation_config = settings  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kept in zip(holders, own, strict=True):
+            module.generation_config = kept

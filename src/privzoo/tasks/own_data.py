@@ -1,0 +1,196 @@
+"""A user's own file, split by its content: `task=jsonl data.path=train.jsonl` (JSON, CSV and Parquet as well).
+
+Neither N nor who trains may hang on other people's rows more than by adding and removing. So a row goes to validation by a
+keyed hash of its own content (of its owner, where there is one): one row's leaving moves no other. Equal rows go the same
+way, so that none is trained on and scored.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from privzoo.errors import UserError
+from privzoo.tasks.columns import Column, checked_table, shown, sound_rows
+from privzoo.tasks.files import OWN_SUFFIXES, read_split
+from privzoo.tasks.units import UNIT
+
+RAISE, SKIP = "raise", "skip"
+
+
+class OwnData:
+    """The rows of one file, or of one for training and one for validation.
+
+    Guarantee: whether a row trains, and whether it is left out, depends on that row alone (of an owner with more rows than
+    `rows_per_owner`, on that owner's rows alone). With an owner, all rows of one owner are one unit of privacy, and of the
+    same split.
+
+    Args:
+        path: of a .jsonl, .json (a list of objects), .csv or .parquet file.
+        validation_path: another file for validation; None: rows of `path` are set aside for it.
+        validation_share: expected share of rows (of owners) that are set aside, in (0, 1).
+        split_seed: key of the hash that sets them aside and chooses an owner's rows; public.
+        columns: the column of the file for each name that the task asks for; others are called what the task calls them.
+        owner: the column that says whose a row is (text or a whole number); None: every row is somebody else's.
+        rows_per_owner: at most so many training rows of one owner, chosen by hash; None: all.
+        id: a column in which no value may come twice; None: there is none.
+        on_error: "raise" at the first row that is not what the task expects, or "skip" such rows and count them.
+    Raises:
+        UserError: an argument is not of this form.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        validation_path: str | None = None,
+        validation_share: float = 0.1,
+        split_seed: int = 0,
+        columns: Mapping[str, str] | None = None,
+        owner: str | None = None,
+        rows_per_owner: int | None = None,
+        id: str | None = None,
+        on_error: str = RAISE,
+    ) -> None:
+        if path is None:
+            raise UserError("Expected data.path=<file> on the command line or in a yaml: the task reads a file of your own.")
+        if not isinstance(validation_share, (int, float)) or not 0 < validation_share < 1:
+            raise UserError(f"Expected task.data.validation_share={validation_share} to be a number between 0 and 1.")
+        if rows_per_owner is not None and (owner is None or type(rows_per_owner) is not int or rows_per_owner < 1):
+            raise UserError(
+                f"Expected task.data.rows_per_owner={rows_per_owner} to be a whole number of at least 1, beside "
+                f"task.data.owner=<column>, found owner={owner}."
+            )
+        if on_error not in (RAISE, SKIP):
+            raise UserError(f"Expected data.on_error={on_error} to be {RAISE} or {SKIP}.")
+        self._paths = {"train": path, "validation": validation_path or path}
+        self._share, self._key = (0.0 if validation_path else validation_share), f"privzoo split {split_seed}".encode()
+        self._names, self._owner, self._cap, self._id = dict(columns or {}), owner, rows_per_owner, id
+        self._on_error = on_error
+        self._skipped: dict[str, int] = {}
+        self._trained: set[str] = set()
+
+    @property
+    def selection(self) -> str | None:
+        """What the privacy card says about the rows, once they are loaded."""
+        said = []
+        if self._owner is not None:
+            cap = "all rows" if self._cap is None else f"at most {self._cap} rows, chosen by a public hash,"
+            said.append(
+                f"A unit of privacy is an owner, by the column {self._owner!r}: {cap} of one owner are one contribution."
+            )
+        if self._skipped.get("train"):
+            said.append(
+                f"{self._skipped['train']} training rows were not what the task expects and were left out "
+                "(data.on_error=skip)."
+            )
+        return " ".join(said) or None
+
+    def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
+        """The rows of "train" or "validation" in the order of the file, with the names that the task gives its columns; of
+        training rows that have owners, their numbers in the column `UNIT`. `data_root` is not looked at.
+
+        Raises:
+            UserError: the file cannot be read, or a row is not what `columns` says; an id comes twice, an owner is in both
+                files; no row is left.
+        """
+        path = Path(self._paths[split]).expanduser()
+        theirs = [replace(column, name=self._names.get(column.name, column.name)) for column in columns]
+        rows = self._sound_rows(path, theirs, split)
+        table = pa.table([rows[column.name] for column in theirs], [column.name for column in columns])
+        contents = _contents(table)
+        owners = None if self._owner is None else rows[self._owner].to_pylist()
+        kept = self._of_split([(owner,) for owner in owners] if owners else contents, split)
+        if owners is not None:
+            self._refuse_owners_of_both({owners[row] for row in kept}, path, split)
+            if split == "train":
+                kept = self._capped(kept, owners, contents)
+                numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners[row] for row in kept))}
+                units = pa.array([numbers[owners[row]] for row in kept], pa.int64())
+                return _filled(table.take(kept).append_column(UNIT, units), table.num_rows, path, split)
+        return _filled(table.take(kept), table.num_rows, path, split)
+
+    def _sound_rows(self, path: Path, columns: Sequence[Column], split: str) -> pa.Table:
+        """The rows with all columns that are asked for, checked; with "skip" without those that are wrong."""
+        if path.suffix not in OWN_SUFFIXES:
+            raise UserError(
+                f"{path} is none of {', '.join(OWN_SUFFIXES)}: convert it, or give it the name that tells what it is."
+            )
+        if not path.is_file():
+            raise UserError(f"Expected data.path={path} to be a file: it does not exist.")
+        keys = [Column(name, "key") for name in (self._owner, self._id) if name is not None]
+        wanted = list({column.name: column for column in [*columns, *keys]}.values())
+        skipped: list[int] | None = [] if self._on_error == SKIP else None
+        rows = read_split(path, wanted, skipped)
+        if skipped is None:
+            rows = checked_table(rows, wanted, str(path))
+        else:
+            pieces = sound_rows(rows, wanted, str(path), skipped)
+            if not pieces:
+                raise UserError(
+                    f"{path}: none of {len(skipped)} rows is what the task expects; data.on_error=raise says why."
+                )
+            rows = pa.concat_tables(pieces)
+            self._skipped[split] = len(skipped)
+        if self._id is not None:
+            found, counts = np.unique(np.array(rows[self._id].to_pylist(), dtype=object).astype(str), return_counts=True)
+            if counts.max() > 1:
+                raise UserError(
+                    f"{path}: {self._id!r} {shown(str(found[counts.argmax()]))} is that of {counts.max()} rows, expected no "
+                    "value twice: leave the others out, or set task.data.id=null."
+                )
+        return rows
+
+    def _of_split(self, whose: Sequence[tuple], split: str) -> np.ndarray:
+        """Numbers of the rows of a split, by the hash of each row's own content or owner."""
+        if not self._share:
+            return np.arange(len(whose))
+        aside = np.fromiter((_fraction(self._key, each) < self._share for each in whose), bool, len(whose))
+        return np.flatnonzero(aside if split == "validation" else ~aside)
+
+    def _refuse_owners_of_both(self, owners: set[str], path: Path, split: str) -> None:
+        if split == "train":
+            self._trained = owners
+        elif owners & self._trained:
+            raise UserError(
+                f"{path}: {len(owners & self._trained)} owners have rows here and in {self._paths['train']}: what is scored "
+                "would be theirs, without noise; put all rows of an owner into one file."
+            )
+
+    def _capped(self, kept: np.ndarray, owners: Sequence[str], contents: Sequence[tuple]) -> np.ndarray:
+        """At most `rows_per_owner` rows of each owner: those of the smallest hash, which no other owner's rows change."""
+        if self._cap is None:
+            return kept
+        by_owner: dict[str, list[int]] = {}
+        for row in kept.tolist():
+            by_owner.setdefault(owners[row], []).append(row)
+        chosen = [
+            sorted(rows, key=lambda row: _fraction(self._key, (owners[row], *contents[row])))[: self._cap]
+            for rows in by_owner.values()
+        ]
+        return np.sort(np.concatenate(chosen))
+
+
+def _filled(table: pa.Table, rows: int, path: Path, split: str) -> pa.Table:
+    if table.num_rows:
+        return table
+    raise UserError(
+        f"{path}: none of {rows} rows is for {split}: add rows, change task.data.validation_share, or give "
+        "data.validation_path=<file>."
+    )
+
+
+def _contents(table: pa.Table) -> list[tuple]:
+    """The cells of each row that the task reads, as text."""
+    return list(zip(*(map(repr, column.to_pylist()) for column in table.columns), strict=True))
+
+
+def _fraction(key: bytes, parts: Sequence[str]) -> float:
+    """A number in [0, 1) that hangs on the key and these parts alone."""
+    digest = hashlib.blake2b(key=key[:64], digest_size=8)
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+    return int.from_bytes(digest.digest(), "big") / 2.0**64

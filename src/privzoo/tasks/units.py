@@ -1,0 +1,37 @@
+"""Which rows are of one unit of privacy: an owner's, a question's windows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+UNIT = "unit of privacy"  # the column of a table that numbers its owners; no file's own: it is added after reading
+OWNER = "owner"
+
+
+class RowsOfUnits(Sequence[np.ndarray]):
+    """Of each unit the numbers of its rows, ascending; two arrays, however many units there are.
+
+    Args:
+        unit_of_row: the unit of each row, (R,), counted from 0; every unit has a row.
+    Raises:
+        ValueError: a unit has none.
+
+    >>> [rows.tolist() for rows in RowsOfUnits(np.array([1, 0, 1]))]
+    [[1], [0, 2]]
+    """
+
+    def __init__(self, unit_of_row: np.ndarray) -> None:
+        sizes = np.bincount(unit_of_row)
+        if not sizes.all():
+            raise ValueError(f"Expected every unit to have a row, found none of unit {int(np.argmin(sizes))}.")
+        self._rows = np.argsort(unit_of_row, kind="stable")
+        self._ends = np.cumsum(sizes)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, unit):
+        """Rows of one unit."""
+        if not 0 <= unit < len(self):
+            raise IndexError(f"unit {unit} of {len(self)}")
+        return self._rows[self._ends[unit - 1] if unit else 0 : self._ends[unit]]
