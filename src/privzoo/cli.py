@@ -212,13 +212,18 @@ def _of_hydra(error: BaseException, config_name: str) -> str:
 
 
 def _unknown_key(key: str, config_name: str) -> str:
-    known = _dotted(OmegaConf.to_container(compose(config_name=config_name), resolve=False))
+    elsewhere = _dotted(OmegaConf.to_container(compose(config_name=config_name), resolve=False))
+    chosen = [each for each in sys.argv[1:] if each.startswith(("task=", "method=", "model=")) and "," not in each]
+    try:
+        known = _dotted(OmegaConf.to_container(compose(chosen, config_name=config_name), resolve=False))
+    except (HydraException, OmegaConfBaseException, UserError):  # a choice may be of a user's own folder
+        known = elsewhere
     group, _, last = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
     near = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
     near += [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     near += [name for name in known if name.rpartition(".")[2] == last]
-    if key in known:
+    if key in elsewhere or key in known:
         hint = f": it exists, but not for the {group or 'configuration'} that is chosen."
     elif near:
         hint = f": did you mean '{near[0]}'?"

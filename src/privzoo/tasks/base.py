@@ -101,6 +101,10 @@ class Task(ABC):
             loader: yields collated micro-batches on the model's device, at least one.
         """
 
+    def in_template(self, prompt: str) -> str:
+        """What a language model is given of a user's text, where the task has a template for it."""
+        return prompt
+
 
 class EncodedRows(Sequence[dict]):
     """Token ids of many rows in a few flat arrays: a row costs its tokens and no Python object.

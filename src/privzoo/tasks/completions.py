@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -54,6 +55,6 @@ class Completions:
 
     def made(self, model: torch.nn.Module, processor, prompts: Sequence[list[int]]) -> list[str]:
         """The completion of each prompt, without special tokens and outer blanks, see `generated`."""
-        beams = {"length_penalty": self.length_penalty} if self.num_beams > 1 else {}
+        beams: dict[str, Any] = {"length_penalty": self.length_penalty} if self.num_beams > 1 else {}
         ids = generated(model, processor, prompts, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, **beams)
         return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]

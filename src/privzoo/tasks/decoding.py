@@ -5,10 +5,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 
-def generated(model: torch.nn.Module, processor, prompts: Sequence[list[int]], **settings) -> list[list[int]]:
+def generated(
+    model: torch.nn.Module,
+    processor,
+    prompts: Sequence[list[int]],
+    stop: str | None = None,
+    stream: bool = False,
+    **settings,
+) -> list[list[int]]:
     """The new tokens of each prompt, up to its end token (left out) or `max_new_tokens`.
 
     Nothing of the model's own generation settings takes part, and what others are in the batch changes nothing but
@@ -16,6 +23,8 @@ def generated(model: torch.nn.Module, processor, prompts: Sequence[list[int]], *
 
     Args:
         prompts: token ids; one without any begins with the padding token, as there must be something to go on from.
+        stop: no further tokens once this text has been said.
+        stream: print what a single prompt is completed by as it comes.
         settings: of a GenerationConfig, max_new_tokens among them; greedy unless do_sample or num_beams say otherwise.
     """
     end = processor.eos_token_id
@@ -25,14 +34,31 @@ def generated(model: torch.nn.Module, processor, prompts: Sequence[list[int]], *
     device = next(model.parameters()).device
     ids = torch.tensor([[blank] * (longest - len(prompt)) + prompt for prompt in kept], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in kept], device=device)
-    asked = GenerationConfig(**{"do_sample": False, "num_beams": 1, **settings}, pad_token_id=blank, eos_token_id=end)
-    with _settings(model, asked):
-        made: Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+    asked = GenerationConfig(
+        **{"do_sample": False, "num_beams": 1, **settings}, pad_token_id=blank, eos_token_id=end
+    )  # fmt: skip
+    streamer = TextStreamer(processor, skip_prompt=True, skip_special_tokens=True) if stream else None
+    stops = StoppingCriteriaList([] if stop is None else [_Said(stop, processor, longest)])
+    with _settings(model, asked), torch.no_grad():
+        made: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stops
+        )
     return [_up_to(end, row) for row in made[:, longest:].tolist()]
 
 
 def _up_to(end: int | None, ids: list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
+
+
+class _Said(StoppingCriteria):
+    """Which rows have said a text. transformers' own looks for it token by token, which not every tokenizer allows."""
+
+    def __init__(self, text: str, processor, start: int) -> None:
+        self.text, self.processor, self.start = text, processor, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        said = self.processor.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([self.text in text for text in said], device=input_ids.device)
 
 
 @contextmanager

@@ -159,6 +159,11 @@ class PromptCompletion(Task):
                 prompts[row] = cut_to(processor, self._parts["prompt"], cells, self._cut, max(room, 0))
         return prompts
 
+    def in_template(self, prompt: str) -> str:
+        """The text in the place of the template's one column; as it is where there are several."""
+        names = [name for _, name in self._parts["prompt"] if name is not None]
+        return "".join(lit + (prompt if name else "") for lit, name in self._parts["prompt"]) if len(names) == 1 else prompt
+
     def length(self, row: dict) -> int:
         return len(row["input_ids"])
 

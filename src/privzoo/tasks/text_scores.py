@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from privzoo.errors import UserError
 
@@ -114,7 +114,8 @@ class DataToTextScores(TextScores):
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
         width = max(map(len, references))
-        streams = [[those[i] if i < len(those) else None for those in references] for i in range(width)]
+        # sacrebleu takes None for a reference that a text does not have, which its annotation forgets.
+        streams: list[Any] = [[those[i] if i < len(those) else None for those in references] for i in range(width)]
         bleu = BLEU(lowercase=True, tokenize="13a").corpus_score(list(texts), streams).score / 100
         tokens = Tokenizer13a()
 

@@ -8,7 +8,7 @@ UNIT = "unit of privacy"  # the column of a table that numbers its owners; no fi
 OWNER = "owner"
 
 
-class RowsOfUnits(Sequence[np.ndarray]):
+class RowsOfUnits(Sequence[Sequence[int]]):
     """Of each unit the numbers of its rows, ascending; two arrays, however many units there are.
 
     Args:

@@ -1,0 +1,74 @@
+"""Fine-tuning from Python, on the configuration of the command line: `privzoo.finetune(...)`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from privzoo.composition import compose
+from privzoo.config import GROUPS, validate
+from privzoo.errors import UserError
+from privzoo.results import RunRecord
+from privzoo.run_folder import open_folder
+
+
+class Finetuned(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        record: what result.json holds.
+        model: the fine-tuned model in evaluation mode, on the CPU.
+        processor: its tokenizer or image processor.
+        folder: the run folder, for `privzoo.sample.sample(folder, …)` and the commands.
+    """
+
+    record: RunRecord
+    model: Any
+    processor: Any
+    folder: Path
+
+
+def finetune(
+    task: str,
+    method: str,
+    eps: float | None,
+    overrides: Mapping[str, Any] | None = None,
+    config_dir: str | None = None,
+    **values: Any,
+) -> Finetuned:
+    """One run, or the result of the finished one that has this configuration: what `python -m privzoo.train` does.
+
+    >>> finetune("jsonl", "dp_lora", 8, {"data.path": "train.jsonl"}, model="gpt2", batch_size=64)  # doctest: +SKIP
+
+    Args:
+        task, method: names of conf/task and conf/method, or of `config_dir`.
+        eps: target epsilon, inf for a run without privacy.
+        overrides: by dotted key, such as {"task.max_length": 128}.
+        config_dir: a folder with yaml files of your own, as --config-dir.
+        values: the same for keys without a dot; model="gpt2" chooses conf/model/gpt2.yaml.
+    Raises:
+        UserError: as the command would end with exit code 2, before any work.
+    """
+    given = {"eps": float("inf") if eps == float("inf") else eps, **values, **(overrides or {})}
+    choices = [f"{key}={value}" for key, value in given.items() if key in GROUPS]
+    cfg = compose([f"task={task}", f"method={method}", *choices], config_dir)
+    for key, value in given.items():
+        if key in GROUPS:
+            continue
+        try:
+            OmegaConf.update(cfg, key, value)
+        except OmegaConfBaseException as error:
+            raise UserError(f"Unknown key '{key}': `python -m privzoo.train --cfg job` shows all keys.") from error
+    validate(cfg)
+    folder = open_folder(cfg)
+    record = folder.record
+    if not folder.is_done or record is None:
+        from privzoo.run import run  # torch takes seconds
+
+        record = run(folder)
+    from privzoo.finished import load_finished
+
+    finished = load_finished(folder.path)
+    return Finetuned(record, finished.model, finished.processor, folder.path)
