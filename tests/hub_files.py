@@ -27,7 +27,7 @@ def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
         prompt = node.prompt.split("{")[1].split("}")[0]
         pooled = [texts[i - i % 3] for i in range(len(texts))] if node.completions.get("pooled") else texts
         return {prompt: pooled, node.completions.references: [text.rsplit(" ", 1)[1] for text in texts]}
-    if node.get("completions"):
+    if node.get("completions") or "answers" in node:
         last = [text.split()[-1] for text in texts]
         answers = [{"text": [word], "answer_start": [text.rindex(word)]} for text, word in zip(texts, last, strict=True)]
         return {"id": names, "context": texts, "question": [f"what is {name} ?" for name in names], "answers": answers}

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column, checked_table, content_digest
+from privzoo.tasks.cells import Column
+from privzoo.tasks.columns import checked_table, content_digest
 
 COLUMNS = [Column("text", "text"), Column("label", "label", 10)]
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from privzoo.tasks.base import Task
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
@@ -22,6 +22,7 @@ OF_KIND = {
     "sequence_classification": ("tiny_encoder", transformers.AutoModelForSequenceClassification),
     "causal_lm": ("tiny_lm", transformers.AutoModelForCausalLM),
     "image_classification": ("tiny_vit", transformers.AutoModelForImageClassification),
+    "question_answering": ("tiny_encoder", transformers.AutoModelForQuestionAnswering),
 }
 
 
@@ -41,7 +42,7 @@ def test_yaml(path):
     assert isinstance(task, Task)
     assert task.name == path.stem
     assert task.kind in OF_KIND
-    assert (task.num_labels is None) == (task.kind == "causal_lm")
+    assert (task.num_labels is None) == (task.kind in ("causal_lm", "question_answering"))
     assert task.metrics
     assert isinstance(task.higher_is_better, bool)
     assert isinstance(node.num_examples, int) or (node.num_examples is None and isinstance(task._data, FewShot))
@@ -67,6 +68,7 @@ def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
     """On a few rows in the hub's format, of lengths from one word to more than fit."""
     changes = {"data": {"per_class": 5}} if path.stem.endswith("few_shot") else {}
     changes |= {"completions": {"max_new_tokens": 16}} if "completions" in OmegaConf.load(path) else {}
+    changes |= WINDOWS if path.stem == "squad_spans" else {}
     task, node = read(path, max_length=48, **changes)
     write_hub_files(node, tmp_path)
     task.load(str(tmp_path))
@@ -74,6 +76,7 @@ def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
     assert max(task.length(task.train[i]) for i in range(len(task.train))) == 48
 
 
+WINDOWS = {"stride": 8, "question_tokens": 16}  # so that 48 tokens are enough for one
 METHODS = ("dp_full", "dp_lora", "dp_bitfit", "dpzero")
 
 
@@ -94,6 +97,7 @@ def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
         f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
         *(["task.data.per_class=20"] if few_shot else []),
         *(["task.completions.max_new_tokens=16"] if "completions" in node else []),
+        *([f"task.{key}={value}" for key, value in WINDOWS.items()] if path.stem == "squad_spans" else []),
         f"data_root={tmp_path / 'data'}", "task.max_length=48", "batch_size=10", "microbatch_size=8",
         f"epochs={25 / task.num_examples}", "trainer.accelerator=cpu", f"output_dir={tmp_path / 'runs'}",
     )  # fmt: skip
@@ -111,7 +115,7 @@ def check_the_contract(task):
     folder, model_class = OF_KIND[task.kind]
     processor_class = transformers.AutoImageProcessor if task.kind.startswith("image") else transformers.AutoTokenizer
     task.prepare(processor_class.from_pretrained(TINY / folder))
-    assert len(task.train) == task.num_examples
+    assert len(task.train if task.rows_of_unit is None else task.rows_of_unit) == task.num_examples
     labels = {} if task.num_labels is None else {"num_labels": task.num_labels}
     model = model_class.from_pretrained(TINY / folder, **labels).double()
     check_rows_are_independent(task, model)

@@ -11,7 +11,7 @@ import pytest
 
 from privzoo import hub, toyworld
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.data import HubData, ToyData
 
 COLUMNS = [Column("sentence", "text"), Column("label", "label", 2)]

@@ -10,7 +10,7 @@ from privzoo.errors import UserError
 from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.files import find_split
 
 TEXT = [Column("text", "text"), Column("label", "label", 2)]

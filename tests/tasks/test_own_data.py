@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.own_task import own_task
 from privzoo.tasks.units import UNIT, RowsOfUnits

@@ -30,6 +30,10 @@ _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the m
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     "causal_lm": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "question_answering": (
+        transformers.AutoModelForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
     "prompt": (  # of these, what sees both sides is loaded as a masked language model
         transformers.AutoModelForCausalLM,
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -80,8 +84,9 @@ def load(
     Args:
         path: a local folder, "tiny_encoder", "tiny_lm" or "tiny_vit" (part of privzoo), or a name on the hub. An
             unreachable hub is noticed within seconds, and the local cache is used if it holds the model.
-        kind: "sequence_classification", "causal_lm", "image_classification", or "prompt": a masked language model where the
-            architecture sees both sides of a word, a causal one otherwise.
+        kind: "sequence_classification", "causal_lm", "image_classification", "question_answering" (where an answer starts
+            and ends), or "prompt": a masked language model where the architecture sees both sides of a word, a causal one
+            otherwise.
         num_labels: size of the classification head; None keeps the checkpoint's. Means nothing to language models.
         dtype: name of a floating type of torch; what the file holds is converted.
         dropout: probability in [0, 1) that every dropout of hidden states gets; those of attention probabilities and of

@@ -21,7 +21,7 @@ class Task(ABC):
 
     Attributes:
         name: as in the run record.
-        kind: the kind of model, "sequence_classification", "causal_lm" or "image_classification".
+        kind: the kind of model, see `privzoo.models.loading.load`.
         num_labels: number of classes, None where there are none.
         label_names: the classes in words, None where they have none; the saved model's configuration holds them.
         metrics: the names that `evaluate` returns, the headline first.

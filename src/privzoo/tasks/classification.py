@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
-from privzoo.tasks.columns import Column, content_digest
+from privzoo.tasks.cells import Column
+from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.own_data import OwnData

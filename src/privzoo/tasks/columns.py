@@ -1,46 +1,17 @@
-"""The columns a task asks for, and the checks that every table passes before it is used.
-
-Rows are counted from 0 in all messages. A message quotes the value that is wrong and nothing else of the row.
-"""
+"""The checks that every table passes before it is used, and a digest of its content."""
 
 import difflib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from privzoo.errors import UserError
+from privzoo.tasks.cells import Column, bad_key, bad_label, bad_text, blank_text, shown
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a task's table: its name, what it holds, and for a label the number of classes.
-
-    Attributes:
-        names: of the classes, where a label column may hold them in place of numbers.
-        empty: whether a text may be blank.
-        unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
-            others are; None: there is no such number.
-    """
-
-    name: str
-    kind: Literal["text", "texts", "label", "image", "key"]
-    num_labels: int = 0
-    unlabelled: int | None = None
-    names: tuple[str, ...] = ()
-    empty: bool = True
-
-    def takes(self, label: int) -> bool:
-        """Whether a label column may hold this integer."""
-        return 0 <= label < self.num_labels or label == self.unlabelled
-
-    def number_of(self, name: object) -> object:
-        """The number of a class that is given by its name; anything else as it is."""
-        return self.names.index(name) if name in self.names else name
+SAME_CHECK = {"spans": "texts"}  # and one more
 
 
 def require_columns(found: Sequence[str], columns: Sequence[Column], where: str) -> None:
@@ -57,59 +28,13 @@ def require_columns(found: Sequence[str], columns: Sequence[Column], where: str)
             raise UserError(f"{where} has several columns named {column.name!r}, expected one: rename the others.")
 
 
-def bad_label(where: str, row: int, value: object, column: Column) -> UserError:
-    """The error for a label that is not an integer in range; to be raised by the caller."""
-    ways = f"an integer from 0 to {column.num_labels - 1}"
-    way_out = "set the task's num_labels"
-    if column.names:
-        named = ", ".join(column.names[:8]) + (", ..." if len(column.names) > 8 else "")
-        ways, way_out = f"one of the declared names ({named}) or {ways}", "task.label_names"
-    return UserError(
-        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected {ways}: correct the row, or {way_out}."
-    )
-
-
-def bad_text(where: str, row: int, value: object, column: Column) -> UserError:
-    """The error for a cell that is not text; to be raised by the caller."""
-    return UserError(
-        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected text: correct the row or leave it out."
-    )
-
-
-def blank_text(where: str, row: int, column: Column) -> UserError:
-    """The error for a text of blanks alone, where one is needed; to be raised by the caller."""
-    return UserError(f"{where}, row {row}: {column.name!r} is blank, expected text: fill it or leave the row out.")
-
-
-def bad_key(where: str, row: int, value: object, column: Column) -> UserError:
-    """The error for a cell that names nobody; to be raised by the caller."""
-    return UserError(
-        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected a text that is not empty or a whole number: "
-        "correct the row or leave it out."
-    )
-
-
-def bad_texts(where: str, row: int, value: object, column: Column) -> UserError:
-    """The error for a cell that is no list of texts; to be raised by the caller."""
-    return UserError(
-        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected a list of texts, or such a list named text in an "
-        f"object: correct the row or leave it out."
-    )
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it, at most 40 characters."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
     """The asked columns of `table`, each proved to hold what its kind says, in one layout per kind.
 
     Text comes back as large_string, texts (at least one a row; SQuAD's struct of texts and their places will do) as a
-    large_list of them, a label as int64 in 0..num_labels-1, a key as large_string, an image as large_binary (the bytes of a
-    picture file) or as a fixed-shape uint8 tensor. Nothing is null and nothing is coerced. Rows without a label
-    (`Column.unlabelled`) are left out.
+    large_list of them, spans (such a struct) as texts beside a large_list of int64 named `starts_of(name)`, a label as int64
+    in 0..num_labels-1, a key as large_string, an image as large_binary (the bytes of a picture file) or as a fixed-shape
+    uint8 tensor. Nothing is null and nothing is coerced. Rows without a label (`Column.unlabelled`) are left out.
 
     Args:
         table: has every one of `columns` (see `require_columns`).
@@ -122,7 +47,15 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     check = {
         "text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image, "key": _checked_key
     }  # fmt: skip
-    checked = pa.table({column.name: check[column.kind](table[column.name], column, where) for column in columns})
+    checked = pa.table(
+        {
+            column.name: check[SAME_CHECK.get(column.kind, column.kind)](table[column.name], column, where)
+            for column in columns
+        }
+    )
+    for column in (column for column in columns if column.kind == "spans"):
+        places = _checked_places(table[column.name], checked[column.name], column, where)
+        checked = checked.append_column(starts_of(column.name), places)
     for column in (column for column in columns if column.unlabelled is not None):
         checked = checked.filter(pc.not_equal(checked[column.name], column.unlabelled))
         if checked.num_rows == 0:
@@ -212,6 +145,30 @@ def _checked_texts(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
 
     texts = _checked_text(flat, column, where, row_of).combine_chunks()
     return pa.chunked_array([pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), texts)])
+
+
+def _checked_places(array: pa.ChunkedArray, texts: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    is_struct = pa.types.is_struct(array.type) and array.type.get_field_index("answer_start") >= 0
+    found = pc.struct_field(array, "answer_start") if is_struct else texts
+    is_list = pa.types.is_list(found.type) or pa.types.is_large_list(found.type)
+    if not is_list or not pa.types.is_integer(found.type.value_type):
+        raise UserError(
+            f"{where}: column {column.name!r} holds {array.type}, expected a struct of text and answer_start, a list of "
+            "texts and one of whole numbers a row: store the column so."
+        )
+    sizes, flat = pc.fill_null(pc.list_value_length(found), 0), pc.list_flatten(found)
+    row = first_true(pc.not_equal(sizes.cast(pa.int64()), pc.list_value_length(texts).cast(pa.int64())))
+    if row >= 0 or flat.null_count:
+        raise UserError(
+            f"{where}, row {max(row, 0)}: {column.name!r} has texts and places of different number: correct the row."
+        )
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes.to_numpy())]), pa.int64())
+    return pa.chunked_array([pa.LargeListArray.from_arrays(offsets, flat.cast(pa.int64()).combine_chunks())])
+
+
+def starts_of(name: str) -> str:
+    """The column of places beside a column of spans."""
+    return f"{name}: starts"
 
 
 def _is_utf8(raw: bytes) -> bool:

@@ -16,7 +16,8 @@ import pyarrow as pa
 from privzoo import toyworld
 from privzoo.errors import UserError, first_line
 from privzoo.hub import why_not_to_be_had
-from privzoo.tasks.columns import Column, checked_table, require_columns
+from privzoo.tasks.cells import Column
+from privzoo.tasks.columns import checked_table, require_columns
 from privzoo.tasks.files import find_split, read_split
 from privzoo.tasks.splits import may_meet
 

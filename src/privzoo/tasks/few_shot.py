@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column
+from privzoo.tasks.cells import Column
 from privzoo.tasks.data import HubData, ToyData
 
 

@@ -13,9 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from privzoo.errors import UserError, first_line
-from privzoo.tasks.columns import Column, bad_key, bad_label, bad_text, bad_texts, first_true, require_columns
+from privzoo.tasks.cells import Column, bad_key, bad_label, bad_text, bad_texts
+from privzoo.tasks.columns import first_true, require_columns
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+SPANS = pa.struct({"text": pa.large_list(pa.large_string()), "answer_start": pa.large_list(pa.int64())})
 OWN_SUFFIXES = (*SUFFIXES, ".json")
 
 
@@ -132,6 +134,7 @@ def _of_records(
         "texts": pa.large_list(pa.large_string()),
         "label": pa.int64(),
         "key": pa.large_string(),
+        "spans": SPANS,
     }
     return pa.table({column.name: pa.array(cells[column.name], types[column.kind]) for column in columns})
 
@@ -166,6 +169,12 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
         if (not isinstance(value, str) or not value) and type(value) is not int:
             raise bad_key(where, row, value, column)
         return _checked_cell(str(value), replace(column, kind="text"), where, row)
+    elif column.kind == "spans":
+        texts = _checked_cell(value, replace(column, kind="texts"), where, row)
+        starts = value.get("answer_start") if isinstance(value, dict) else None
+        if not isinstance(starts, list) or any(type(start) is not int for start in starts):
+            raise bad_texts(where, row, value, column)
+        return {"text": texts, "answer_start": starts}
     elif column.kind == "texts":
         texts = value.get("text") if isinstance(value, dict) else value
         if not isinstance(texts, list):
@@ -208,7 +217,7 @@ def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) 
                     raise _not_utf8(path, number) from error
         raise
     for index, column in enumerate(columns):
-        if column.kind in ("image", "texts"):
+        if column.kind in ("image", "texts", "spans"):
             what = "images" if column.kind == "image" else "lists of texts"
             ways = "Parquet" if column.kind == "image" else "Parquet or JSON lines"
             raise UserError(f"{path}: CSV cannot hold {what} such as {column.name!r}: store them as {ways}.")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from privzoo.errors import UserError
 from privzoo.tasks.base import Task
+from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
-from privzoo.tasks.columns import Column, content_digest
+from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
 
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for bad bytes

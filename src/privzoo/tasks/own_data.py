@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from privzoo.errors import UserError
-from privzoo.tasks.columns import Column, checked_table, shown, sound_rows
+from privzoo.tasks.cells import Column, shown
+from privzoo.tasks.columns import checked_table, sound_rows
 from privzoo.tasks.files import OWN_SUFFIXES, read_split
 from privzoo.tasks.units import UNIT
 
