@@ -8,7 +8,7 @@ TABLE, CHECKPOINTING = f"{CLIPPING}equality_table.py::test_", f"{CLIPPING}checkp
 ATTACKS, GROUPED = f"{CLIPPING}attacks.py::test_", f"{CLIPPING}grouped.py::test_"
 LAYOUTS, TWO_PASS, OPACUS = (f"{CLIPPING}{name}.py::test_" for name in ("layouts", "ghost_two_pass", "opacus_hooks"))
 FIRST_ORDER, TWIN = "tests/methods/test_first_order.py::test_", "tests/methods/test_twin.py::test_"
-UNITS, SAMPLING = "tests/methods/test_units.py::test_", "tests/privacy/test_sampling.py::test_"
+OF_UNITS, SAMPLING = "tests/methods/test_units.py::test_", "tests/privacy/test_sampling.py::test_"
 TRAINABLE = "tests/methods/test_trainable.py::test_"
 ROWS, UNITS = PLAIN + "equals_the_loop[rows-", PLAIN + "equals_the_loop[units-"
 LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_the_loop["
@@ -355,8 +355,8 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "one_noise_draw_a_release",)),
     ("no noise on an empty draw", "19", BASE_PY, RELEASE, f"batch.micro_batches and {RELEASE}",
      (FIRST_ORDER + "an_empty_draw_releases_noise",)),
-    ("only the last micro-batch counts", "11", FIRST_ORDER_PY, "clip_norm, into=sums)",
-     "clip_norm, into=sums.update(zero_sums(self.trainable)) or sums)",
+    ("only the last micro-batch counts", "11", FIRST_ORDER_PY, "unit_of_row=units, into=sums)",
+     "unit_of_row=units, into=sums.update(zero_sums(self.trainable)) or sums)",
      (FIRST_ORDER + "micro_batches_do_not_change_a_release",)),
     ("a stop waits for the release", "35", FIRST_ORDER_PY, "if self.stop_requested:", "if False:",
      (FIRST_ORDER + "a_stop_comes_between_micro_batches_and_before_noise",)),
@@ -365,13 +365,14 @@ METHOD_MUTANTS = [
     ("checkpoints hold the whole model", "26", BASE_PY, "if k in wanted}", "if k}",
      (FIRST_ORDER + "a_checkpoint_holds_the_trained_part_alone",)),
     ("rows of a unit clipped apart", "37", FIRST_ORDER_PY, "units = self.unit_of_row(micro_batch)", "units = None",
-     (UNITS + "one_unit_less_moves_the_sum_by_at_most_c[BookKeeping]", UNITS + "a_unit_counts_as_the_sum_of_its_rows")),
+     (OF_UNITS + "one_unit_less_moves_the_sum_by_at_most_c[BookKeeping]",
+      OF_UNITS + "a_unit_counts_as_the_sum_of_its_rows")),
     ("slopes of a unit's rows clipped apart", "37", "methods/zeroth_order.py",
      "checked_units(losses, self.unit_of_row(micro_batch))", "checked_units(losses, None)",
-     (UNITS + "one_unit_less_moves_the_slopes_by_at_most_c",)),
+     (OF_UNITS + "one_unit_less_moves_the_slopes_by_at_most_c",)),
     ("units are cut by micro-batches", "37", "privacy/sampling.py", "            part.append(unit)\n",
      "            for row in unit[1]:\n                yield [(unit[0], [row])]\n",
-     (SAMPLING + "whole_units_are_drawn_and_none_is_cut[1]", UNITS + "micro_batches_do_not_change_a_release[1]")),
+     (SAMPLING + "whole_units_are_drawn_and_none_is_cut[1]",)),
     ("a row may be of two units", "37", "privacy/sampling.py", "if not bool((seen == 1).all()):", "if not seen.all():",
      (SAMPLING + "rows_are_dealt_out_to_units[of two]",)),
     ("a row may be of no unit", "1", "privacy/sampling.py", "if not bool((seen == 1).all()):", "if bool((seen > 1).any()):",
@@ -380,14 +381,14 @@ METHOD_MUTANTS = [
      "([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])", "[unit]",
      (SAMPLING + "whole_units_are_drawn_and_none_is_cut[100]",)),
     ("a micro-batch of unknown owners", "37", BASE_PY, "if self.task.rows_of_unit is not None:", "if False:",
-     (UNITS + "a_micro_batch_of_unknown_owners_is_refused",)),
+     (OF_UNITS + "a_micro_batch_of_unknown_owners_is_refused",)),
     ("rows of a unit share their dropout masks", "28 37", "privacy/dropout.py", 'if place else str(example)',
-     'if False else str(example)', (UNITS + "rows_of_a_unit_have_masks_of_their_own",)),
+     'if False else str(example)', (OF_UNITS + "rows_of_a_unit_have_masks_of_their_own",)),
     ("the pre-flight believes an engine about units", "37", FIRST_ORDER_PY,
      "            if self.task.rows_of_unit is not None:\n", "            if False:\n",
-     (UNITS + "preflight_refuses_an_engine_that_forgets_units",)),
+     (OF_UNITS + "preflight_refuses_an_engine_that_forgets_units",)),
     ("dpzero's rounding is bounded row by row", "31 37", "methods/zeroth_order.py",
-     "rows = max(map(len, self.task.rows_of_unit or [[0]]))", "rows = 1", (UNITS + "rounding_is_bounded_for_units",)),
+     "rows = max(map(len, self.task.rows_of_unit or [[0]]))", "rows = 1", (OF_UNITS + "rounding_is_bounded_for_units",)),
     ("the schedule forgets the warm-up", "24", "methods/schedule.py", "(steps - index) / (steps - rising)",
      "(steps - index) / steps", (FIRST_ORDER + "learning_rate_by_hand",)),
     ("whatever sounds like a bias is trained", "16", TRAINABLE_PY, '.endswith("bias")', '.count("") and "bias" in name',
@@ -433,8 +434,7 @@ GROUPED_MUTANTS = [
      "with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):  # the", "with torch.no_grad():  # the",
      (OPACUS + "the_callers_autocast_does_not_round_sums",)),
     ("pre-flight holds group-wise clipping against flat", "33", PREFLIGHT_PY,
-     'Loop(model, groups, clipping, getattr(engine, "shares", None)), None',
-     "Loop(model), None",
+     'Loop(model, groups, clipping, getattr(engine, "shares", None))', "Loop(model)",
      (PREFLIGHT + "group_wise_clipping_passes",)),
 ]  # fmt: skip
 

@@ -1,10 +1,12 @@
 """A few rows for each task of conf/task in the hub's format: tests read them as a user's files."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 WORDS = ["a", "good", "film", "of", "no", "great", "length"]
 
@@ -19,6 +21,16 @@ def write(node: Any, folder: Path, rows: int = 40) -> None:
         pq.write_table(table, place / f"{split}.parquet")
 
 
+def pictures(count: int, shift: int) -> list[dict]:
+    """Small PNG files as the hub stores them, each of a colour of its own."""
+    found = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (i * 5 % 256, shift * 90 % 256, i * 11 % 256)).save(file, "PNG")
+        found.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    return found
+
+
 def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
     """Texts of 2 to 60 words that begin with the row's name, labels in turn (one row without, where there may be such);
     or SQuAD's four columns, or a prompt and its reference; or running text."""
@@ -31,6 +43,8 @@ def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
         last = [text.split()[-1] for text in texts]
         answers = [{"text": [word], "answer_start": [text.rindex(word)]} for text, word in zip(texts, last, strict=True)]
         return {"id": names, "context": texts, "question": [f"what is {name} ?" for name in names], "answers": answers}
+    if "image" in node:
+        return {node.image: pictures(len(names), shift), node.label: [i % node.num_labels for i in range(len(names))]}
     if "label" not in node:
         return {node.text: texts}
     labels = [i % node.num_labels for i in range(len(names))]

@@ -137,12 +137,12 @@ SAMPLING_MUTANTS = [
            (SAMPLING + "a_draw_is_the_same_each_time_and_hangs_on_key_release_and_digest",)),
     Mutant("draws from the stream of the noise", "36", "privacy/sampling.py", UNIFORM, UNIFORM.replace("sampling", "noise"),
            (SAMPLING + "noise_and_draws_have_streams_of_their_own",)),
-    Mutant("ragged micro-batch dropped", "24", "privacy/sampling.py", "range(0, len(drawn), self.microbatch_size)",
-           "range(0, len(drawn) - self.microbatch_size + 1, self.microbatch_size)",
+    Mutant("ragged micro-batch dropped", "24", "privacy/sampling.py",
+           "        if part:\n            yield part\n", "",
            (SAMPLING + "a_logical_batch_holds_the_whole_draw_once[3]",)),
     Mutant("last release dropped", "24", "privacy/sampling.py", "range(self.start, self.steps)",
            "range(self.start, self.steps - 1)", (RELEASE + "steps_draws_and_account_agree_at_exit[0.3-2]",)),
-    Mutant("plan for another number of rows", "1", "privacy/sampling.py", "if len(rows) != draws.plan.num_examples:",
+    Mutant("plan for another number of rows", "1", "privacy/sampling.py", "if units != draws.plan.num_examples:",
            "if False:",
            (SAMPLING + "plan_for_another_number_of_rows_is_refused",)),
 ]  # fmt: skip
@@ -307,10 +307,11 @@ ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py"
 CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
 ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
 DROPOUT_MUTANTS = runpy.run_path(str(Path(__file__).with_name("dropout_mutants.py")))["DROPOUT_MUTANTS"]
+TASK_MUTANTS = runpy.run_path(str(Path(__file__).with_name("task_mutants.py")))["TASK_MUTANTS"]
 ZEROTH_ORDER_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zeroth_order_mutants.py")))["ZEROTH_ORDER_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
     *(Mutant(*fields) for fields in [
-        *ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *DROPOUT_MUTANTS, *ZEROTH_ORDER_MUTANTS,
+        *ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *DROPOUT_MUTANTS, *ZEROTH_ORDER_MUTANTS, *TASK_MUTANTS,
     ]),
 ]  # fmt: skip

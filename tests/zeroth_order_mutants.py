@@ -13,7 +13,7 @@ NAME = 'f"{self.number} {self._names[id(parameter)]}"'
 STREAM = 'self.key.stream("direction", self.release, self.digest, name, block)'
 BACK = "        finally:\n            self.walker.displace(direction, at, 0.0)\n"
 NOTHING = "return {'directions': torch.zeros(self.directions)}"
-LOSSES_OF_BATCH = "        found = [self.losses(micro_batch) for micro_batch in batch.micro_batches]\n"
+LOSSES_OF_BATCH = "        found = [self._by_unit(micro_batch) for micro_batch in batch.micro_batches]\n"
 
 QUERY_MUTANTS = [
     ("beside a coarse base neighbours move a row's loss", "7", PREFLIGHT_PY, "if fine < coarse else ():",

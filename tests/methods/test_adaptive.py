@@ -62,9 +62,9 @@ def test_a_new_phase_begins_at_its_own_clip_norm(make_run):
     run = make_run(phases(), phases=PARTS, adaptive=AdaptiveClip(count_noise=1.0))
     seen, engine = [], run.method.engine
 
-    def watched(forward, clip_norm, into):
+    def watched(forward, clip_norm, unit_of_row, into):
         seen.append(clip_norm)
-        return engine(forward, clip_norm, into=into)
+        return engine(forward, clip_norm, unit_of_row, into)
 
     run.method.engine = watched
     run.fit()

@@ -64,7 +64,7 @@ def check_units(
     Raises:
         UserError: naming what differs.
     """
-    clip_norm = min(clip_norm, 1e-3)
+    clip_norm = min(1e-3, clip_norm)  # see below
     together = [rows[i] for i in range(min(4, len(rows)))]
     units = torch.arange(len(together), device=next(model.parameters()).device) // 2
     loop, sums, norms = _loop_like(engine, model), None, []

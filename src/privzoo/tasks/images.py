@@ -1,5 +1,6 @@
 """Classification of images. Decoded with PIL, row by row, when a row is asked for."""
 
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 
@@ -15,12 +16,17 @@ from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
 from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.units import RowsOfUnits
 
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for bad bytes
 
 
 class ImageClassification(Task):
-    """A label for an image. Nothing is augmented: a row is encoded alike every time.
+    """A label for an image, or the mean loss of several views of it (augmentation multiplicity, De et al. 2022).
+
+    View 0 is the image as it is. Further ones are shifted by up to an eighth of its sides and mirrored or not, as a hash of
+    the image itself says: an image that leaves changes no view of another, as a stream by numbers would. The same views come
+    in every epoch. **All views of an image are one unit of privacy.** Validation images have one view.
 
     Args:
         name: as in the run record.
@@ -28,6 +34,8 @@ class ImageClassification(Task):
         image: name of the image column (picture files as bytes, or uint8 arrays of one shape).
         label: name of the label column, integers in 0..num_labels-1.
         num_labels: number of classes, at least 2.
+        views: of each training image.
+        label_names: the classes in words.
     """
 
     kind = "image_classification"
@@ -35,10 +43,22 @@ class ImageClassification(Task):
     metrics = ("accuracy", "loss")
     higher_is_better = True
 
-    def __init__(self, name: str, data: HubData | ToyData, image: str, label: str, num_labels: int):
+    def __init__(
+        self,
+        name: str,
+        data: HubData | ToyData,
+        image: str,
+        label: str,
+        num_labels: int,
+        views: int = 1,
+        label_names: Sequence[str] | None = None,
+    ):
         if num_labels < 2:
             raise UserError(f"task.num_labels={num_labels}, expected at least 2: correct the task's yaml.")
-        self.name, self.num_labels = name, num_labels
+        if type(views) is not int or views < 1:
+            raise UserError(f"Expected task.views={views} to be a whole number of at least 1.")
+        self.name, self.num_labels, self._views = name, num_labels, views
+        self.label_names = list(label_names) if label_names is not None else None
         self._data, self._image, self._label = data, image, label
 
     def load(self, data_root: str | None) -> None:
@@ -53,7 +73,7 @@ class ImageClassification(Task):
         self.selection = self._data.selection
 
     def fingerprint(self) -> str:
-        return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label}")
+        return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label} {self._views}")
 
     def prepare(self, processor) -> None:
         if processor is None:
@@ -62,9 +82,15 @@ class ImageClassification(Task):
                 f"preprocessor_config.json beside the model, or choose another model."
             )
         self.train, self.validation = (
-            ImageRows(table[self._image], table[self._label].to_numpy(), processor, f"{self.name} ({split} split)")
+            ImageRows(
+                table[self._image], table[self._label].to_numpy(), processor, f"{self.name} ({split} split)",
+                self._views if split == "train" else 1,
+            )
             for split, table in self._tables.items()
-        )
+        )  # fmt: skip
+        if self._views > 1:
+            rows = len(self.train)
+            self.rows_of_unit = RowsOfUnits(np.arange(rows) // self._views)
 
     def length(self, row: dict) -> int:
         """1: the processor brings all images to one size."""
@@ -80,7 +106,8 @@ class ImageClassification(Task):
         return {"pixel_values": torch.from_numpy(pixels), "labels": torch.tensor([row["label"] for row in rows])}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return class_losses(class_logits(model, batch), batch)
+        """Of training rows: a view's share in the mean over the views of its image."""
+        return class_losses(class_logits(model, batch), batch) / self._views
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """accuracy, and the mean loss of a row."""
@@ -88,13 +115,15 @@ class ImageClassification(Task):
 
 
 class ImageRows(Sequence[dict]):
-    """Images as they are stored; `[i]` decodes row i and runs the processor on it."""
+    """Images as they are stored; `[i]` decodes an image and runs the processor on it; row i is view i % views of image
+    i // views."""
 
-    def __init__(self, images: pa.ChunkedArray, labels: np.ndarray, processor, where: str):
+    def __init__(self, images: pa.ChunkedArray, labels: np.ndarray, processor, where: str, views: int = 1):
         self._images, self._labels, self._processor, self._where = images, labels, processor, where
+        self._views = views
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._labels) * self._views
 
     def __getitem__(self, index):
         """pixel_values: float32 array (3, height, width); label: int.
@@ -104,13 +133,34 @@ class ImageRows(Sequence[dict]):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        index, view = divmod(index, self._views)
         cell = self._images[index]
         if isinstance(cell, pa.FixedShapeTensorScalar):
+            raw = cell.to_numpy().tobytes()
             image = Image.fromarray(cell.to_numpy()).convert("RGB")
         else:
+            raw = cell.as_py()
             image = _decoded(open_image(cell.as_buffer(), self._where, index), self._where, index)
+        if view:
+            image = changed(image, _view_stream(raw, view))
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
         return {"pixel_values": np.asarray(pixels, dtype=np.float32), "label": int(self._labels[index])}
+
+
+def _view_stream(raw: bytes, view: int) -> np.random.Generator:
+    """Of what happens to a view: it hangs on the image and the view's number alone, and is public."""
+    digest = hashlib.blake2b(raw, key=b"privzoo views", digest_size=16).digest()
+    return np.random.default_rng([int.from_bytes(digest, "big"), view])
+
+
+def changed(image: Image.Image, stream: np.random.Generator) -> Image.Image:
+    """The image shifted by up to an eighth of its sides, the edge mirrored into what is left free, and mirrored or not."""
+    pixels = np.asarray(image)
+    margins = [size // 8 for size in pixels.shape[:2]]
+    padded = np.pad(pixels, [(margins[0], margins[0]), (margins[1], margins[1]), (0, 0)], mode="symmetric")
+    top, left = (int(stream.integers(0, 2 * margin + 1)) for margin in margins)
+    shifted = padded[top : top + pixels.shape[0], left : left + pixels.shape[1]]
+    return Image.fromarray(np.ascontiguousarray(shifted[:, ::-1] if stream.integers(0, 2) else shifted))
 
 
 def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:

@@ -1,0 +1,52 @@
+"""Wrong tasks: (name, lines, file, old, new, tests) as in tests/mutants.py."""
+
+OWN, SPANS = "tests/tasks/test_own_data.py::test_", "tests/tasks/test_spans.py::test_"
+SCORES = "tests/tasks/test_text_scores.py::test_"
+IMAGES, FILE = "tests/tasks/test_views.py::test_", "tests/test_own_file.py::test_"
+OWN_PY, SPANS_PY, SCORES_PY, IMAGES_PY = "tasks/own_data.py", "tasks/spans.py", "tasks/text_scores.py", "tasks/images.py"
+
+TASK_MUTANTS = [
+    ("N counts rows where owners are units", "1 37", "tasks/base.py",
+     "train.num_rows if self.rows_of_unit is None else len(self.rows_of_unit)", "train.num_rows",
+     (OWN + "a_task_counts_owners", FILE + "owners")),
+    ("an owner's rows are units of their own", "37", OWN_PY, "[numbers[owners[row]] for row in kept]",
+     "list(range(len(kept)))",
+     (OWN + "owners_are_units", OWN + "a_task_counts_owners")),
+    ("owners of both splits", "24 37", OWN_PY, "[(owner,) for owner in owners] if owners else contents", "contents",
+     (OWN + "owners_are_units",)),
+    ("owners of both files", "24 37", OWN_PY, "elif owners & self._trained:", "elif False:",
+     (OWN + "an_owner_of_both_files_is_refused",)),
+    ("the split hangs on a row's place", "24", OWN_PY,
+     "(_fraction(self._key, each) < self._share for each in whose)",
+     "(_fraction(self._key, (str(i),)) < self._share for i, each in enumerate(whose))",
+     (OWN + "one_row_less_moves_no_other", OWN + "equal_rows_stay_together")),
+    ("all rows of an owner, whatever the cap", "37", OWN_PY, "[: self._cap]", "[:]",
+     (OWN + "an_owner_has_so_many_rows_at_most", OWN + "a_task_counts_owners")),
+    ("an owner's first rows in the file", "37", OWN_PY,
+     "sorted(rows, key=lambda row: _fraction(self._key, (owners[row], *contents[row])))", "rows",
+     (OWN + "an_owner_has_so_many_rows_at_most",)),
+    ("rows next to a wrong one are skipped, too", "24", "tasks/columns.py", "if table.num_rows == 1:",
+     "if table.num_rows <= 8:",
+     (OWN + "wrong_rows_of_other_formats_are_skipped_alone",)),
+    ("the card does not tell of skipped rows", "1", OWN_PY, 'if self._skipped.get("train"):', "if False:",
+     (OWN + "a_wrong_row_is_named_or_skipped",)),
+    ("the card says example where owners are protected", "37", "run.py", ", unit=task.unit)", ")", (FILE + "owners",)),
+    ("windows of a question are units of their own", "37", SPANS_PY, 'RowsOfUnits(encoded["train"][1])',
+     'RowsOfUnits(np.arange(len(encoded["train"][1])))', (SPANS + "windows_of_a_question_are_one_unit",)),
+    ("padding takes part in where an answer stands", "12", SPANS_PY, ".masked_fill(padding, -torch.inf)", "",
+     (SPANS + "padding_weighs_nothing",)),
+    ("an answer that is cut off is learned as if whole", "13", SPANS_PY, "or places[holding[-1]][1] < end", "",
+     (SPANS + "where_the_answer_stands",)),
+    ("the first window answers", "13", SPANS_PY, 'max(best.get(row["question"], at), at)', 'best.get(row["question"], at)',
+     (SPANS + "the_best_window_answers",)),
+    ("n-grams of the first reference alone", "13", SCORES_PY, "for reference in those:\n                held |=",
+     "for reference in those[:1]:\n                held |=", (SCORES + "nist_takes_n_grams_of_all_references_of_a_text",)),
+    ("a missing score is 0", "13", SCORES_PY, "dict.fromkeys(self.by_java, math.nan)", "dict.fromkeys(self.by_java, 0.0)",
+     (SCORES + "a_score_without_its_helper_is_missing_and_no_zero",)),
+    ("views of an image are units of their own", "37", IMAGES_PY, "RowsOfUnits(np.arange(rows) // self._views)",
+     "RowsOfUnits(np.arange(rows))", (IMAGES + "views_of_an_image_are_one_unit",)),
+    ("a view hangs on an image's place", "37", IMAGES_PY, "_view_stream(raw, view)",
+     "_view_stream(str(index).encode(), view)",
+     (IMAGES + "one_image_less_changes_no_other_view",)),
+    ("views are added, not averaged", "37", IMAGES_PY, " / self._views", "", (IMAGES + "views_are_averaged",)),
+]  # fmt: skip
