@@ -68,7 +68,7 @@ def sample(
     import torch
 
     from privzoo.tasks.decoding import generated
-    from privzoo.tasks.language_modelling import start_tokens
+    from privzoo.tasks.prompt_tokens import start_tokens
 
     texts = [prompt if raw else task.in_template(prompt) for prompt in prompts]
     start = start_tokens(processor)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from privzoo.errors import UserError
-from privzoo.tasks.language_modelling import PromptCompletion, joined
+from privzoo.tasks.language_modelling import PromptCompletion
+from privzoo.tasks.prompt_tokens import joined
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
 TARGETS = ["w12", "w13 w14 w15", "w16 w17", "w18 w19 w20 w21"]

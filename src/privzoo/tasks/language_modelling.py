@@ -1,6 +1,7 @@
 """Text that continues a prompt, learned by a causal language model."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,18 @@ from privzoo.tasks.columns import content_digest
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.own_data import OwnData
-from privzoo.tasks.templates import Template, cut_to, filled, parsed
+from privzoo.tasks.prompt_tokens import cut_to, joined, shortened, start_tokens, template_ids
+from privzoo.tasks.templates import filled, parsed
 
 NO_LOSS = -100  # the label of a token that carries no loss
+
+
+class Question(NamedTuple):
+    """A prompt as tokens and in words, and what should come after it."""
+
+    ids: list[int]
+    text: str
+    reference: str
 
 
 class PromptCompletion(Task):
@@ -160,6 +170,19 @@ class PromptCompletion(Task):
                 prompts[row] = cut_to(processor, self._parts["prompt"], cells, self._cut, max(room, 0))
         return prompts
 
+    def questions(self, max_new_tokens: int) -> list[Question]:
+        """The validation prompts, with room for so many new tokens; after `prepare`."""
+        start, table = start_tokens(self._processor), self._tables["validation"]
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(f"Expected max_new_tokens={max_new_tokens} to be below task.max_length={self.max_length}.")
+        ids = self._prompt_ids(self._processor, table, [max(0, room - len(start))] * table.num_rows)
+        texts, targets = (filled(self._parts[role], table) for role in ("prompt", "target"))
+        return [
+            Question(shortened(start, own, room), text, target.strip())
+            for own, text, target in zip(ids, texts, targets, strict=True)
+        ]
+
     def in_template(self, prompt: str) -> str:
         """The text in the place of the template's one column; as it is where there are several."""
         names = [name for _, name in self._parts["prompt"] if name is not None]
@@ -207,45 +230,6 @@ class PromptCompletion(Task):
         column = self._tables["validation"][self._completions.references]
         found = [column[row].as_py() for row in self._rows_of_prompt[number]]
         return found if self._completions.one_text else [text for texts in found for text in texts]
-
-
-def joined(start: list[int], prompt: list[int], target: list[int], max_length: int) -> tuple[list[int], int]:
-    """A row of at most `max_length` tokens, and how many of them come before the target.
-
-    The target is kept whole if it fits beside one token to predict it from; then the start token, then as much of the
-    prompt's end as there is room for.
-
-    >>> joined([0], [1, 2, 3, 4], [8, 9], max_length=5)
-    ([0, 3, 4, 8, 9], 3)
-    >>> joined([0], [1, 2, 3, 4], [6, 7, 8, 9], max_length=3)
-    ([0, 6, 7], 1)
-    """
-    first = (start + prompt)[:1]
-    target = target[: max_length - len(first)]
-    context = shortened(start, prompt, max_length - len(target))
-    return context + target, len(context)
-
-
-def shortened(start: list[int], prompt: list[int], room: int) -> list[int]:
-    """The start token and as much of the prompt's end as `room` tokens have place for; where that is 1, one token alone.
-
-    >>> shortened([0], [1, 2, 3, 4], 3), shortened([0], [1, 2], 1), shortened([], [1, 2], 1)
-    ([0, 3, 4], [0], [2])
-    """
-    left = room - len(start)
-    return start + prompt[max(0, len(prompt) - left) :] if left > 0 else (start + prompt)[:1]
-
-
-def start_tokens(processor) -> list[int]:
-    """[start token] if the tokenizer begins texts with one, else []."""
-    bos = [processor.bos_token_id]
-    return bos if processor("").input_ids[:1] == bos else []
-
-
-def template_ids(processor, parts: Template, table: pa.Table) -> list[list[int]]:
-    """Ids of each row's filled template, without special tokens."""
-    # verbose=False: no warning about long rows, which are cut
-    return processor(filled(parts, table), add_special_tokens=False, verbose=False).input_ids
 
 
 class TokenScores:

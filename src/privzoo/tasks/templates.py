@@ -41,23 +41,3 @@ def filled(parts: Template, table: pa.Table) -> list[str]:
 
 def _first(cell: str | list[str]) -> str:
     return cell if isinstance(cell, str) else cell[0]
-
-
-def cut_to(processor, parts: Template, cells: dict[str, str], column: str, room: int) -> list[int]:
-    """Ids of a filled template, in at most `room` tokens if it can be had by taking words off the end of one column.
-
-    Args:
-        cells: the row's texts by column.
-        column: the one that is shortened; the rest of the template stays as it is.
-    """
-
-    def ids_with(text: str) -> list[int]:
-        whole = "".join(lit + ((text if name == column else cells[name]) if name else "") for lit, name in parts)
-        return processor(whole, add_special_tokens=False, verbose=False).input_ids
-
-    ids, own = ids_with(cells[column]), processor(cells[column], add_special_tokens=False, verbose=False).input_ids
-    left = len(own)
-    while len(ids) > room and left > 0:
-        left = max(0, left - max(1, len(ids) - room))
-        ids = ids_with(processor.decode(own[:left], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    return ids
