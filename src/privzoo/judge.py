@@ -74,8 +74,8 @@ def judge(
             raise UserError(f"Expected {name}={value} to be a whole number of at least 1.")
     if endpoint is not None and urlsplit(endpoint).hostname not in LOCAL and not send:
         raise UserError(
-            f"Validation rows would leave this machine for {urlsplit(endpoint).hostname}: add send=true if they may, or take "
-            "a judge that runs here."
+            f"Validation rows would leave this machine for {urlsplit(endpoint).hostname}: add send=true if they may, or "
+            "take a judge that runs here."
         )
     finished = load_finished(Path(run))
     if not hasattr(finished.task, "questions"):
