@@ -127,6 +127,9 @@ def test_id_changes_with_what_can(run_config):
         ["trainer.precision=bf16-mixed"],
         ["privacy.noise_seed=1"],
         ["method.optimizer.weight_decay=0.1"],
+        ["task=jsonl", "data.path=a.jsonl"],
+        ["task=jsonl", "data.path=b.jsonl"],
+        ["task=jsonl", "data.path=b.jsonl", "data.on_error=skip"],
     ]
     assert len({run_id(run_config(*overrides)) for overrides in different}) == len(different)
 

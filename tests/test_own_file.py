@@ -60,7 +60,7 @@ def test_a_yaml_outside_and_labels_by_name(file, tmp_path, privzoo):
     record, card = result(tmp_path / "runs")
     assert record["task"] == "reviews"
     assert "metric/accuracy" in record
-    assert any("1 training rows were not what the task expects" in limit for limit in card["limits"])
+    assert any("1 rows of the file were not what the task expects" in limit for limit in card["limits"])
     assert "one example of the" in card["statement"]
 
 

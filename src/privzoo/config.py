@@ -49,7 +49,7 @@ def run_id(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     order of keys does not count.
     """
     content: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("logger", "microbatch_size", *PATHS, *without):
+    for key in ("logger", "microbatch_size", "data", *PATHS, *without):  # task.data holds what it reads of data
         content.pop(key, None)
     for key in ("progress", "checkpoint_every"):
         content["trainer"].pop(key, None)

@@ -41,6 +41,7 @@ from privzoo.run_folder import RunFolder
 from privzoo.run_loggers import RunLogger, build_loggers
 from privzoo.tasks.base import Task
 from privzoo.tasks.splits import refuse_same_rows
+from privzoo.tasks.units import FirstRows
 
 
 def run(folder: RunFolder) -> RunRecord:
@@ -59,6 +60,8 @@ def run(folder: RunFolder) -> RunRecord:
     loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
     task.prepare(loaded.processor)
     refuse_same_rows(task.train, task.validation)
+    if task.rows_of_unit is not None:
+        refuse_same_rows(FirstRows(task.train, task.rows_of_unit), task.validation)
     if task.label_names is not None and task.kind.endswith("classification"):
         names: Any = loaded.model.config
         names.id2label = dict(enumerate(task.label_names))

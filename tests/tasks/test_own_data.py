@@ -150,7 +150,7 @@ def test_a_wrong_row_is_named_or_skipped(row, message, write):
     assert "301" in str(caught.value) or "row 300" in str(caught.value)
     data = OwnData(path, on_error="skip")
     assert texts(data, "train") == texts(OwnData(write(ROWS, "good.jsonl")), "train")
-    assert data.selection == "1 training rows were not what the task expects and were left out (data.on_error=skip)."
+    assert data.selection == "1 rows of the file were not what the task expects and were left out (data.on_error=skip)."
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
@@ -161,7 +161,7 @@ def test_wrong_rows_of_other_formats_are_skipped_alone(name, write):
     data = OwnData(write(rows, name), on_error="skip")
     good = [row for i, row in enumerate(ROWS) if i not in (3, 4, 250)]
     assert texts(data, "train") == texts(OwnData(write(good, "good.jsonl")), "train")
-    assert "3 training rows" in data.selection
+    assert "3 rows of the file" in data.selection
 
 
 def test_labels_by_their_declared_names(write):

@@ -13,6 +13,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from privzoo.errors import UserError
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.tasks.images import ImageClassification, changed
+from privzoo.tasks.splits import refuse_same_rows
+from privzoo.tasks.units import FirstRows
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
 
@@ -97,3 +99,11 @@ def test_views_are_averaged(ready):
 def test_views_are_a_number():
     with pytest.raises(UserError, match=r"task\.views=0"):
         ImageClassification("t", None, "img", "y", 3, views=0)
+
+
+def test_scoring_the_training_images_is_refused(ready):
+    """With several views the training split is longer than its own copy, and no copy row for row."""
+    task = ready(PIXELS, 3)
+    refuse_same_rows(task.train, task.validation)
+    with pytest.raises(UserError, match="the same 6 rows"):
+        refuse_same_rows(FirstRows(task.train, task.rows_of_unit), task.validation)

@@ -84,7 +84,7 @@ class OwnData:
             )
         if self._skipped.get("train"):
             said.append(
-                f"{self._skipped['train']} training rows were not what the task expects and were left out "
+                f"{self._skipped['train']} rows of the file were not what the task expects and were left out "
                 "(data.on_error=skip)."
             )
         return " ".join(said) or None
@@ -162,7 +162,7 @@ class OwnData:
 
     def _capped(self, kept: np.ndarray, owners: Sequence[str], contents: Sequence[tuple]) -> np.ndarray:
         """At most `rows_per_owner` rows of each owner: those of the smallest hash, which no other owner's rows change."""
-        if self._cap is None:
+        if self._cap is None or not len(kept):
             return kept
         by_owner: dict[str, list[int]] = {}
         for row in kept.tolist():

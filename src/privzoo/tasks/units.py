@@ -8,6 +8,19 @@ UNIT = "unit of privacy"  # the column of a table that numbers its owners; no fi
 OWNER = "owner"
 
 
+class FirstRows(Sequence[dict]):
+    """The first row of each unit: view 0 of an image, the first window of a question."""
+
+    def __init__(self, rows: Sequence[dict], rows_of_unit: Sequence[Sequence[int]]) -> None:
+        self._rows, self._rows_of_unit = rows, rows_of_unit
+
+    def __len__(self) -> int:
+        return len(self._rows_of_unit)
+
+    def __getitem__(self, unit):
+        return self._rows[int(self._rows_of_unit[unit][0])]
+
+
 class RowsOfUnits(Sequence[Sequence[int]]):
     """Of each unit the numbers of its rows, ascending; two arrays, however many units there are.
 
