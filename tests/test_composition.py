@@ -38,9 +38,11 @@ def targets(content: object) -> list[tuple[str, set[str]]]:
 
 
 @pytest.mark.parametrize(("task", "method"), PAIRS)
-def test_every_pair_composes_resolves_and_is_valid(task, method, run_config):
+def test_every_pair_composes_resolves_and_is_valid(task, method, run_config, tmp_path):
+    (tmp_path / "own.jsonl").touch()
+    own = [f"data.path={tmp_path}/own.jsonl"] if task == "jsonl" else []
     for eps in ("8", "inf"):
-        cfg = run_config(f"task={task}", f"method={method}", f"eps={eps}")
+        cfg = run_config(f"task={task}", f"method={method}", f"eps={eps}", *own)
         OmegaConf.resolve(cfg)
         validate(cfg)
         assert (cfg.choices.task, cfg.choices.method) == (task, method)
