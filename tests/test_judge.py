@@ -99,8 +99,17 @@ def test_a_reply_without_grades_is_counted(runs, server):
 def test_a_judge_elsewhere_wants_leave(runs):
     with pytest.raises(UserError, match="add send=true if they may"):
         judge(str(runs[0]), "j", "https://api.example.com/v1")
+    with pytest.raises(UserError, match="to begin with http://"):
+        judge(str(runs[0]), "j", "localhost:8000/v1", send=True)
     with pytest.raises(UserError, match="gave no answer"):
         judge(str(runs[0]), "j", "http://localhost:9/v1/x?", count=1, max_new_tokens=8)
+
+
+def test_a_judge_here_is_not_asked_through_a_proxy(runs, server, monkeypatch):
+    """The proxy is another machine, to which no row may go without leave."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert judge(str(runs[0]), "j", server.url, count=1, max_new_tokens=8)["graded"] == 1
 
 
 def test_a_judge_that_runs_here(runs):

@@ -1,7 +1,9 @@
 """`privzoo.finetune`: the command line's run from Python, on the same configuration."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +36,9 @@ def test_the_same_run_as_the_commands(tmp_path, run_config):
         ({}, {"epsilon": 3}, "Unknown key 'epsilon'"),
         ({}, {"batch_size": 0}, "batch_size=0"),
         ({"data.path": "no.jsonl"}, {}, "data.path"),
+        ({"data.path": Path("no.jsonl")}, {"lr": np.float64(1e-3)}, "data.path"),
+        ({}, {"resume": "runs/x"}, "no resume= here"),
+        ({}, {"model": "gpt3"}, "model 'gpt3' does not exist"),
     ],
 )
 def test_mistakes_are_user_errors(overrides, values, message, tmp_path):

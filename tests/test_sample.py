@@ -57,6 +57,10 @@ def test_draws_hang_on_the_seed(run):
     assert sample(str(run), PROMPTS, temperature=1.0, top_p=1e-6, raw=True) == greedy
 
 
+def test_a_text_is_one_prompt(run):
+    assert sample(str(run), ASKED, max_new_tokens=4) == sample(str(run), [ASKED], max_new_tokens=4)
+
+
 def test_a_stop_ends_a_completion(run):
     whole = sample(str(run), [ASKED], max_new_tokens=12)[0]
     assert "bread" in whole

@@ -4,6 +4,7 @@ The run's model answers prompts of its validation split; the judge sees prompt, 
 and similarity from 1 to 5. Grades go to `<run folder>/judge.json` and, as means, into the run's record.
 """
 
+import http.client
 import json
 import os
 import random
@@ -72,6 +73,8 @@ def judge(
     for name, value in (("count", count), ("max_new_tokens", max_new_tokens)):
         if type(value) is not int or value < 1:
             raise UserError(f"Expected {name}={value} to be a whole number of at least 1.")
+    if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
+        raise UserError(f"Expected endpoint={endpoint} to begin with http:// or https://.")
     if endpoint is not None and urlsplit(endpoint).hostname not in LOCAL and not send:
         raise UserError(
             f"Validation rows would leave this machine for {urlsplit(endpoint).hostname}: add send=true if they may, or "
@@ -145,17 +148,20 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _endpoint(endpoint: str, model: str, key: str | None) -> Judge:
     """A judge at an OpenAI-compatible server; a busy or failing one is asked again, after a while."""
 
+    here = urlsplit(endpoint).hostname in LOCAL
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))  # a proxy is another machine
+
     def ask(request: str) -> str:
         body = {"model": model, "messages": [{"role": "user", "content": request}], "temperature": 0, "max_tokens": 100}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         call = urllib.request.Request(f"{endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with urllib.request.urlopen(call, timeout=120) as answer:
+                with opener.open(call, timeout=120) as answer:
                     return str(json.load(answer)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 reason, again = f"HTTP {error.code} {error.reason}", error.code == 429 or error.code >= 500
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 reason, again = f"{type(error).__name__}: {first_line(error)}", isinstance(error, OSError)
             if not again or attempt == ATTEMPTS:
                 break

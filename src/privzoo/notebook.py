@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from privzoo.cli import explain
 from privzoo.composition import compose
 from privzoo.config import GROUPS, validate
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 from privzoo.results import RunRecord
 from privzoo.run_folder import open_folder
 
@@ -51,9 +53,15 @@ def finetune(
     Raises:
         UserError: as the command would end with exit code 2, before any work.
     """
+    if "resume" in {**values, **(overrides or {})}:
+        raise UserError("Expected no resume= here: go on with `python -m privzoo.train resume=<run folder>`.")
     given = {"eps": float("inf") if eps == float("inf") else eps, **values, **(overrides or {})}
+    given = {key: _plain(value) for key, value in given.items()}
     choices = [f"{key}={value}" for key, value in given.items() if key in GROUPS]
-    cfg = compose([f"task={task}", f"method={method}", *choices], config_dir)
+    try:
+        cfg = compose([f"task={task}", f"method={method}", *choices], config_dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, "train")[1] or first_line(error)) from error
     for key, value in given.items():
         if key in GROUPS:
             continue
@@ -72,3 +80,10 @@ def finetune(
 
     finished = load_finished(folder.path)
     return Finetuned(record, finished.model, finished.processor, folder.path)
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, a number of numpy's as Python's; all else as it is."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") else value

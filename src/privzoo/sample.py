@@ -31,7 +31,7 @@ ARGUMENTS = {
 
 def sample(
     run: str,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -51,7 +51,7 @@ def sample(
 
     Args:
         run: run folder of a causal language model.
-        prompts: at least one.
+        prompts: at least one; a text is one prompt.
         rest: as in `ARGUMENTS`.
         stream: print a single prompt and its completion as it comes.
     Returns:
@@ -59,6 +59,7 @@ def sample(
     Raises:
         UserError: for an argument out of range, or a run without a language model.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     drawing = _settings(temperature, top_k, top_p, num_beams, 64 if max_new_tokens is None else max_new_tokens)
     if type(batch_size) is not int or batch_size < 1 or not prompts:
         raise UserError(f"Expected a prompt and batch_size={batch_size} to be a whole number of at least 1.")

@@ -9,8 +9,10 @@ import pytest
 
 from privzoo.errors import UserError
 from privzoo.tasks.cells import Column
+from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.own_task import own_task
+from privzoo.tasks.text_blocks import TextBlocks
 from privzoo.tasks.units import UNIT, RowsOfUnits
 
 TEXT, LABEL = Column("text", "text"), Column("label", "label", 2, names=("bad", "good"))
@@ -202,6 +204,72 @@ def test_an_owner_of_both_files_is_refused(write):
     apart = [row | {"user": f"v{row['user']}"} for row in ROWS[200:]]
     data = OwnData(write(ROWS[:200]), validation_path=write(apart, "apart.jsonl"), owner="user")
     assert (len(texts(data, "train")), len(texts(data, "validation"))) == (200, 100)
+
+
+def test_a_row_of_both_files_is_refused(write):
+    """In whatever order, and though most rows are others: its score would be published without noise."""
+    data = OwnData(write(ROWS[:200]), validation_path=write([*ROWS[250:], ROWS[17], ROWS[3]], "other.jsonl"))
+    assert len(texts(data, "train")) == 200
+    with pytest.raises(UserError, match="2 rows are here and in"):
+        texts(data, "validation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": {"txt": "text"}}, "names 'txt', which the task does not read: it reads text, label"),
+        ({"columns": "text"}, "to name columns"),
+        ({"columns": {"text": 0}}, "to name columns"),
+        ({"owner": 5}, "to name columns"),
+    ],
+    ids=str,
+)
+def test_columns_are_names(changes, message, write):
+    with pytest.raises(UserError, match=message):
+        OwnData(write(ROWS), **changes).load("train", [TEXT, LABEL], None)
+
+
+def test_a_first_row_that_is_wrong_is_skipped_too(write):
+    for first in ("{no json", {"label": 1}):
+        assert texts(OwnData(write([first, *ROWS]), on_error="skip"), "train") == texts(
+            OwnData(write(ROWS, "g.jsonl")), "train"
+        )
+
+
+def test_rows_of_csv_that_are_wrong(write, tmp_path):
+    good = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(60))
+    path = tmp_path / "ragged.csv"
+    path.write_text(good + "a,b,c,1\n")
+    with pytest.raises(UserError, match="cannot be read as csv"):
+        texts(OwnData(str(path)), "train")
+    data = OwnData(str(path), on_error="skip")
+    assert len(texts(data, "train")) + len(texts(data, "validation")) == 60
+    path.write_text(good + '"open,1\n' + "t99,0\n")
+    with pytest.raises(UserError, match="a quote that is not closed"):
+        texts(OwnData(str(path)), "train")
+
+
+@pytest.mark.parametrize("names", ["bad,good", {0: "bad", 1: "good"}, 5, ["1", 1], [1, 0], [1, 2]], ids=str)
+def test_label_names_are_a_list_of_names(names, write):
+    """Numbers as names other than 0, 1, … would mean one class in a JSON file and another in a CSV file."""
+    with pytest.raises(UserError, match=r"task\.label_names"):
+        own_task("jsonl", "classification", OwnData(write(ROWS)), 16, label_names=names)
+    assert own_task("jsonl", "classification", OwnData(write(ROWS)), 16, label_names=[0, 1]).num_labels == 2
+
+
+@pytest.mark.parametrize("option", [{"prompt": "{text}"}, {"target": "{text}"}, {"complete": 5}], ids=str)
+def test_a_classifier_completes_nothing(option, write):
+    with pytest.raises(UserError, match=r"to be null for task\.kind=classification"):
+        own_task("jsonl", "classification", OwnData(write(ROWS)), 16, label_names=["a", "b"], **option)
+
+
+def test_kinds_that_cannot_hold_owners_refuse_them(write):
+    """They would be units of privacy that are not kept."""
+    with pytest.raises(UserError, match="owner"):
+        FewShot(OwnData(write(ROWS), owner="user"), 3, 0)
+    rows = write([{"text": "a b c", "user": i} for i in range(40)], "t.jsonl")
+    with pytest.raises(UserError, match="owner"):
+        TextBlocks("t", OwnData(rows, owner="user"), "text", 5, 16).load(None)
 
 
 def test_an_owner_without_a_name(write):

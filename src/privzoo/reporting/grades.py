@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from privzoo.cli import exit_on_error, read_arguments
-from privzoo.errors import UserError
+from privzoo.errors import UserError, first_line
 from privzoo.results import read_record
 
 ARGUMENTS = {"runs": "run folders that judge has graded, with commas between them", "out": "the PNG file to write"}
@@ -41,8 +41,14 @@ def chart(runs: list[str], out: str) -> Path:
         axis.legend(fontsize=8)
     axes[0].set_ylabel("% of answers")
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"out={out} cannot be written ({first_line(error)}): name a .png file in a folder that exists."
+        ) from error
+    finally:
+        pyplot.close(figure)
     return Path(out)
 
 

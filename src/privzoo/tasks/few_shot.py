@@ -31,6 +31,11 @@ class FewShot:
     seed: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, HubData | ToyData):
+            raise UserError(
+                f"Expected the source of few-shot rows to be a published data set, found {type(self.source).__name__}: rows "
+                "of an owner would be chosen one by one."
+            )
         if self.per_class < 1:
             raise UserError(f"task.data.per_class={self.per_class}, expected at least 1.")
 

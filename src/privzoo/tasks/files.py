@@ -96,7 +96,7 @@ def _read_json(path: Path, columns: Sequence[Column], skipped: list[int] | None)
         records = json.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8, expected text: store the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): write a list of objects, or one object a line as .jsonl.") from error
     if not isinstance(records, list):
         raise UserError(f"{path} holds a {type(records).__name__}, expected a list of objects: write it so.")
@@ -114,16 +114,14 @@ def _of_records(
     records: Iterable[Callable[[], dict]], columns: Sequence[Column], where: str, skipped: list[int] | None
 ) -> pa.Table:
     cells: dict[str, list] = {column.name: [] for column in columns}
-    known = False
     for row, record_of in enumerate(records):
         try:
             record = record_of()
-            if not known:
+            if skipped is None and row == 0:
                 require_columns(list(record), columns, where)
-                known = True
             found = [_cell_of(record, column, where, row) for column in columns]
         except UserError:
-            if skipped is None or not known:
+            if skipped is None:
                 raise
             skipped.append(row)
             continue
@@ -144,7 +142,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}, line {number} is not JSON ({error}): write one object per line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number} is a {type(record).__name__}, expected a JSON object per line.")
@@ -189,17 +187,26 @@ def _has_lone_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def _skip(skipped: list[int], row: pyarrow.csv.InvalidRow) -> str:
+    skipped.append(-1 if row.number is None else row.number)
+    return "skip"
+
+
 def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     names = [column.name for column in columns]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file), [])
         require_columns(header, columns, str(path))
+        if path.read_bytes().count(b'"') % 2:  # all that follows would be one cell
+            raise UserError(f"{path} holds a quote that is not closed: write a quote within a quoted cell twice.")
         table = pyarrow.csv.read_csv(
             path,
             # One block: a cell may be longer than Arrow's default block.
             read_options=pyarrow.csv.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), (1 << 31) - 1)),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            parse_options=pyarrow.csv.ParseOptions(
+                newlines_in_values=True, invalid_row_handler=None if skipped is None else partial(_skip, skipped)
+            ),
             convert_options=pyarrow.csv.ConvertOptions(
                 include_columns=names,
                 column_types=dict.fromkeys(names, pa.large_string()),

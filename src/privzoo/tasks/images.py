@@ -88,6 +88,8 @@ class ImageClassification(Task):
             )
             for split, table in self._tables.items()
         )  # fmt: skip
+        if self._views > 1 and self.rows_of_unit is not None:
+            raise UserError("Expected task.views=1 beside owners: an owner's images are one unit already.")
         if self._views > 1:
             rows = len(self.train)
             self.rows_of_unit = RowsOfUnits(np.arange(rows) // self._views)

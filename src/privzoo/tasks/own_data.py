@@ -59,6 +59,12 @@ class OwnData:
             raise UserError("Expected data.path=<file> on the command line or in a yaml: the task reads a file of your own.")
         if not isinstance(validation_share, (int, float)) or not 0 < validation_share < 1:
             raise UserError(f"Expected task.data.validation_share={validation_share} to be a number between 0 and 1.")
+        names = [*(columns or {}).items(), ("owner", owner), ("id", id)] if isinstance(columns or {}, Mapping) else [("", 0)]
+        if not all(isinstance(value, str) or (value is None and key in ("owner", "id")) for key, value in names):
+            raise UserError(
+                f"Expected task.data.columns={columns}, owner={owner} and id={id} to name columns, as in "
+                "task.data.columns={prompt: question}."
+            )
         if rows_per_owner is not None and (owner is None or type(rows_per_owner) is not int or rows_per_owner < 1):
             raise UserError(
                 f"Expected task.data.rows_per_owner={rows_per_owner} to be a whole number of at least 1, beside "
@@ -71,7 +77,7 @@ class OwnData:
         self._names, self._owner, self._cap, self._id = dict(columns or {}), owner, rows_per_owner, id
         self._on_error = on_error
         self._skipped: dict[str, int] = {}
-        self._trained: set[str] = set()
+        self._trained: set[tuple] = set()  # whose rows train, or which, while validation is in another file
 
     @property
     def selection(self) -> str | None:
@@ -98,19 +104,24 @@ class OwnData:
                 files; no row is left.
         """
         path = Path(self._paths[split]).expanduser()
+        unknown = [name for name in self._names if name not in [column.name for column in columns]]
+        if unknown:
+            raise UserError(
+                f"task.data.columns names {unknown[0]!r}, which the task does not read: it reads "
+                f"{', '.join(column.name for column in columns)}."
+            )
         theirs = [replace(column, name=self._names.get(column.name, column.name)) for column in columns]
         rows = self._sound_rows(path, theirs, split)
         table = pa.table([rows[column.name] for column in theirs], [column.name for column in columns])
         contents = _contents(table)
         owners = None if self._owner is None else rows[self._owner].to_pylist()
-        kept = self._of_split([(owner,) for owner in owners] if owners else contents, split)
-        if owners is not None:
-            self._refuse_owners_of_both({owners[row] for row in kept}, path, split)
-            if split == "train":
-                kept = self._capped(kept, owners, contents)
-                numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners[row] for row in kept))}
-                units = pa.array([numbers[owners[row]] for row in kept], pa.int64())
-                return _filled(table.take(kept).append_column(UNIT, units), table.num_rows, path, split)
+        whose = [(owner,) for owner in owners] if owners else contents
+        kept = self._of_split(whose, split)
+        self._refuse_both({whose[row] for row in kept}, path, split)
+        if owners is not None and split == "train":
+            kept = self._capped(kept, owners, contents)
+            numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners[row] for row in kept))}
+            table = table.append_column(UNIT, pa.array([numbers.get(owner, -1) for owner in owners], pa.int64()))
         return _filled(table.take(kept), table.num_rows, path, split)
 
     def _sound_rows(self, path: Path, columns: Sequence[Column], split: str) -> pa.Table:
@@ -151,13 +162,17 @@ class OwnData:
         aside = np.fromiter((_fraction(self._key, each) < self._share for each in whose), bool, len(whose))
         return np.flatnonzero(aside if split == "validation" else ~aside)
 
-    def _refuse_owners_of_both(self, owners: set[str], path: Path, split: str) -> None:
+    def _refuse_both(self, whose: set[tuple], path: Path, split: str) -> None:
+        """Of two files: nobody's rows may be trained on and scored; without owners, no row."""
+        if self._share:
+            return  # a hash has set them apart
         if split == "train":
-            self._trained = owners
-        elif owners & self._trained:
+            self._trained = whose
+        elif whose & self._trained:
+            found = f"{len(whose & self._trained)} {'rows are' if self._owner is None else 'owners have rows'} here and in"
             raise UserError(
-                f"{path}: {len(owners & self._trained)} owners have rows here and in {self._paths['train']}: what is scored "
-                "would be theirs, without noise; put all rows of an owner into one file."
+                f"{path}: {found} {self._paths['train']}: what is scored would be published without noise; put each "
+                "into one file."
             )
 
     def _capped(self, kept: np.ndarray, owners: Sequence[str], contents: Sequence[tuple]) -> np.ndarray:

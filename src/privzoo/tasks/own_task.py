@@ -42,12 +42,13 @@ def own_task(
         UserError: an argument is not of this form.
     """
     if kind == "classification":
-        if not label_names or len(set(label_names)) != len(label_names) or len(label_names) < 2:
-            raise UserError(
-                f"Expected task.label_names={label_names} to be two or more different names of classes, such as "
-                "task.label_names=[bad,good]: they are declared, never inferred from rows."
-            )
-        names = [str(each) for each in label_names]
+        names = _checked_names(label_names)
+        unread = {"prompt": prompt, "target": target, "complete": complete}
+        for key, value in unread.items():
+            if value is not None:
+                raise UserError(
+                    f"Expected task.{key}={value} to be null for task.kind=classification: nothing is said there."
+                )
         columns = ["text", "text_pair"] if pair else ["text"]
         return Classification(name, data, columns, "label", len(names), max_length, names, named_labels=True)
     if kind not in KINDS:
@@ -68,3 +69,20 @@ def own_task(
         name, data, own_prompt if prompt is None else prompt, own_target if target is None else target, max_length,
         completions, cut,
     )  # fmt: skip
+
+
+def _checked_names(label_names: object) -> list[str]:
+    """The names of classes as text; numbers only as 0, 1, …: others would be one class as a name and another as a number."""
+    names = [str(each) for each in label_names] if isinstance(label_names, list | tuple) else []
+    numbers = [str(number) for number in range(len(names))]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(
+            f"Expected task.label_names={label_names} to be a list of two or more different names of classes, such as "
+            "task.label_names=[bad,good]: they are declared, never inferred from rows."
+        )
+    if names != numbers and any(name.strip().lstrip("-").isdecimal() for name in names):
+        raise UserError(
+            f"Expected task.label_names={label_names} to be words, or the numbers from 0 on in order: a number that names "
+            "another class than its own is taken for either; rename the classes in the file."
+        )
+    return names

@@ -15,6 +15,7 @@ from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData
 from privzoo.tasks.language_modelling import NO_LOSS, TokenScores, row_losses
 from privzoo.tasks.prompt_tokens import start_tokens
+from privzoo.tasks.units import UNIT
 
 
 class TextBlocks(Task):
@@ -53,7 +54,10 @@ class TextBlocks(Task):
         self.num_examples = self._tables["train"].num_rows
 
     def _blocks(self, split: str, data_root: str | None) -> pa.Table:
-        rows = self._data.load(split, [Column(self._text, "text")], data_root)[self._text]
+        table = self._data.load(split, [Column(self._text, "text")], data_root)
+        if UNIT in table.column_names:
+            raise UserError(f"task {self.name} joins all rows to one text, so that no owner is a unit: take task.kind=text.")
+        rows = table[self._text]
         words = [word for row in rows.to_pylist() for word in row.split()]
         if not words:
             raise UserError(f"task {self.name}: the {split} split holds no word in {self._text!r}: choose another data set.")
