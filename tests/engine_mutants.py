@@ -382,6 +382,8 @@ METHOD_MUTANTS = [
      (SAMPLING + "whole_units_are_drawn_and_none_is_cut[100]",)),
     ("a micro-batch of unknown owners", "37", BASE_PY, "if self.task.rows_of_unit is not None:", "if False:",
      (OF_UNITS + "a_micro_batch_of_unknown_owners_is_refused",)),
+    ("units of another contract are forgotten", "37", BASE_PY, 'if hasattr(task, "unit_of_row"):', "if False:",
+     (OF_UNITS + "a_task_with_units_of_another_contract_is_refused",)),
     ("rows of a unit share their dropout masks", "28 37", "privacy/dropout.py", 'if place else str(example)',
      'if False else str(example)', (OF_UNITS + "rows_of_a_unit_have_masks_of_their_own",)),
     ("the pre-flight believes an engine about units", "37", FIRST_ORDER_PY,

@@ -60,6 +60,7 @@ class Curves(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Logs what the release that has just been made has spent and reached."""
         step = trainer.global_step
         drawn = self.plan.expected_examples(step) - self.plan.expected_examples(self.first)
         speed = drawn / max(time.monotonic() - self.since, 1e-9)

@@ -152,6 +152,7 @@ def _endpoint(endpoint: str, model: str, key: str | None) -> Judge:
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))  # a proxy is another machine
 
     def ask(request: str) -> str:
+        """The reply; UserError where there is none."""
         body = {"model": model, "messages": [{"role": "user", "content": request}], "temperature": 0, "max_tokens": 100}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         call = urllib.request.Request(f"{endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)

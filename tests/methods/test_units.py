@@ -119,3 +119,19 @@ def test_a_whole_run_draws_units(owners):
         assert max(sizes, default=0) <= 5
     assert len(run.recorder.sizes) == run.method.mechanism.plan.steps
     assert np.unique([len(run.draws(release)) for release in range(5)]).size > 1
+
+
+def test_a_task_with_units_of_another_contract_is_refused(make_run, plans):
+    """DESIGN's `unit_of_row` is not asked: without a word its rows would be units of their own."""
+
+    class Old:
+        rows_of_unit = None
+
+        def unit_of_row(self, batch):
+            return torch.zeros(len(batch["labels"]), dtype=torch.long)
+
+        def collate(self, rows):
+            return {}
+
+    with pytest.raises(UserError, match="give the task rows_of_unit"):
+        make_run(plans(), task=Old())

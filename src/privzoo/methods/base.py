@@ -82,6 +82,11 @@ class PrivateMethod(LightningModule):
                 f"Expected privacy.noise={mechanism.plan.noise} to be {' or '.join(self.noises)} for this method: it bounds "
                 "contributions by their L2 norm; method=dpzero takes laplace."
             )
+        if hasattr(task, "unit_of_row"):
+            raise UserError(
+                f"{type(task).__name__}.unit_of_row is not asked any more: its rows would be clipped one by one; give the "
+                "task rows_of_unit."
+            )
         new_head = tuple(new_head)
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task

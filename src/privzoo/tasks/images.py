@@ -76,6 +76,7 @@ class ImageClassification(Task):
         return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label} {self._views}")
 
     def prepare(self, processor) -> None:
+        """Images are decoded when they are asked for; raises UserError for a model without an image processor."""
         if processor is None:
             raise UserError(
                 f"the model has no image processor, but task {self.name} reads images: put its "

@@ -86,6 +86,7 @@ class PromptCompletion(Task):
         self._cut = cut
 
     def load(self, data_root: str | None) -> None:
+        """The columns of the templates and of the references; of a user's own file a blank target is an error."""
         named = {role: [name for _, name in parts if name is not None] for role, parts in self._parts.items()}
         asked = self._completions
         references = [asked.references] if asked is not None else []
@@ -104,6 +105,7 @@ class PromptCompletion(Task):
         return content_digest(self._tables["train"], f"{self.kind} {self._templates} {self.max_length} {self._cut}")
 
     def prepare(self, processor) -> None:
+        """Rows as tokens; raises UserError for a tokenizer without an end token, and a `max_length` that the model lacks."""
         check_tokenizer(processor, self.name)
         check_max_length(processor, self.max_length, at_least=2)
         if processor.eos_token_id is None:
