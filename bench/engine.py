@@ -4,9 +4,11 @@
 
 A step is forward, (clipped) gradient and fused AdamW, without noise, which is measured on its own below the table: a release
 of many micro-batches pays it once. Variants of a row run in turn, A B C A B C; each number is the median over rounds of the
-ratio to the ordinary step of the same round (peers, which are far off and slow, run in the first round only). Memory comes
-from another process per variant: the largest sum of tensor bytes that live in one step beyond weights and optimizer state,
-and the growth of the resident set over the whole process.
+ratio to the ordinary step of the same round (peers, which are far off and slow, run in one round only). Each variant has a
+process of its own, which then says its memory: the largest sum of tensor bytes that live in one step beyond weights and
+optimizer state, and the growth of the resident set over the whole process.
+
+A run takes an hour or more. To stop *this* process alone (kill -STOP, -CONT) halts it between two steps, not within one.
 """
 
 import json
@@ -24,6 +26,7 @@ from models import MODELS, ROWS, Row
 from variants import ENGINES, OURS, PEERS, PLAIN, VARIANTS
 
 Found = dict[str, str | tuple[float, float, float]]
+Costs = dict[str, dict[str, dict[str, float]]]  # seconds and bytes, by variant and operation
 LINES = 8  # of a profile
 
 
@@ -36,16 +39,8 @@ def base_of(row: Row) -> str:
     return "ordinary full" if row.method == "bitfit" else PLAIN
 
 
-def answer(kind: str, row: Row, variant: str):
-    """What a worker that does one thing printed."""
-    out, errors = worker(kind, row, variant).communicate()
-    if not out:
-        raise RuntimeError(f"{row.name} {variant}, {kind}: {errors[-2000:]}")
-    return json.loads(out)
-
-
-def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, dict[str, dict[str, int]]]:
-    """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run; and bytes by maker."""
+def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
+    """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run; and what costs what."""
     base = base_of(row)
     variants = [base, *(v for v in VARIANTS if v != base and v in wanted and (row.peers or v not in PEERS))]
     found: Found = {}
@@ -56,22 +51,27 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, dict[str,
             found[variant] = "does not run: " + errors.strip().splitlines()[-1].split(": ", 1)[-1][:90]
     running = [v for v in variants if v not in found]
     pairs: dict[str, list[tuple[float, float]]] = {}  # by variant: its seconds and the base's, by round
+    weights: dict[str, list] = {}
+    costs: Costs = {"seconds": {}, "bytes": {}}
     with started(row, [v for v in running if v not in PEERS]) as workers:
         for _ in range(rounds):
-            seconds = {variant: asked(each) for variant, each in workers.items()}
+            seconds = {variant: asked(each, "step") for variant, each in workers.items()}
             for variant, value in seconds.items():
                 pairs.setdefault(variant, []).append((value, seconds[base]))
-    for peer in [v for v in running if v in PEERS]:  # one at a time: some take many times the memory
-        with started(row, [base, peer]) as workers:
-            seconds = {variant: asked(each) for variant, each in workers.items()}
-            pairs[peer] = [(seconds[peer], seconds[base])]
-    weights = {variant: answer("weigh", row, variant) for variant in running}
-    for variant in running:
-        bytes_ = (w / b for w, b in zip(weights[variant][:2], weights[base][:2], strict=True))
-        found[variant] = (statistics.median(value / beside for value, beside in pairs[variant]), *bytes_)
+        weights |= {variant: asked(each, "weigh") for variant, each in workers.items()}
+        if OURS in workers:
+            costs["seconds"] = {variant: asked(workers[variant], "profile") for variant in (base, OURS)}
+        for peer in [v for v in running if v in PEERS]:  # one at a time: some take many times the memory
+            with started(row, [peer]) as alone:
+                pairs[peer] = [(asked(alone[peer], "step"), asked(workers[base], "step"))]
+                weights[peer] = asked(alone[peer], "weigh")
+    for variant, (peak, makers, resident) in weights.items():
+        times = statistics.median(value / beside for value, beside in pairs[variant])
+        found[variant] = (times, peak / weights[base][0], resident / weights[base][2])
+        costs["bytes"][variant] = makers
     seconds_of_base = statistics.median(value for value, _ in pairs[base])
     print(f"  base {base}: {seconds_of_base:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
-    return found, {variant: weight[2] for variant, weight in weights.items()}
+    return found, costs
 
 
 @contextmanager
@@ -89,13 +89,14 @@ def started(row: Row, variants: list[str]) -> Iterator[dict[str, subprocess.Pope
             each.kill()
 
 
-def asked(process: subprocess.Popen) -> float:
-    process.stdin.write("step\n")
+def asked(process: subprocess.Popen, what: str):
+    """What a worker answers."""
+    process.stdin.write(what + "\n")
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"{process.args} ended: {process.stderr.read()[-2000:] or 'no message (out of memory?)'}")
-    return float(line)
+    return json.loads(line)
 
 
 def against_goal(row: Row, found: Found) -> str:
@@ -111,22 +112,22 @@ def against_goal(row: Row, found: Found) -> str:
     return f"| {row.name} | {' | '.join(cells)} | {ahead if isinstance(ahead, str) else 'yes' if ahead else '**no**'} |"
 
 
-def explained(row: Row, found: Found, kept: dict[str, dict[str, int]]) -> list[str]:
+def explained(row: Row, found: Found, costs: Costs) -> list[str]:
     """Where the time and the memory of a row go that missed its goal."""
     ours = found[OURS]
     if isinstance(ours, str) or all(value <= goal + 0.005 for value, goal in zip(ours, row.goal, strict=False)):
         return []
-    seconds = {v: answer("profile", row, v) for v in (base_of(row), OURS)}
-    whole = sum(seconds[base_of(row)].values())
-    peak = sum(kept[base_of(row)].values())
+    base = base_of(row)
+    seconds, bytes_ = (differences(costs[what], base) for what in ("seconds", "bytes"))
     return [
-        f"- {row.name}: more time than the ordinary step, in percent of it: {differences(seconds, base_of(row), whole)};"
-        f" more (or less) tensor bytes at the peak, in percent of its peak: {differences(kept, base_of(row), peak)}."
+        f"- {row.name}: more time than the ordinary step, in percent of it: {seconds};"
+        f" more (or less) tensor bytes at the peak, in percent of its peak: {bytes_}."
     ]
 
 
-def differences(costs: dict[str, dict[str, float]], base: str, whole: float) -> str:
-    """The operations in which two steps differ most."""
+def differences(costs: dict[str, dict[str, float]], base: str) -> str:
+    """The operations in which our step differs most from the ordinary one."""
+    whole = sum(costs[base].values())
     found = {name: costs[OURS].get(name, 0) - costs[base].get(name, 0) for name in costs[OURS] | costs[base]}
     largest = sorted(found, key=lambda name: -abs(found[name]))[:LINES]
     return ", ".join(f"{name or 'engine'} {100 * found[name] / whole:+.1f}" for name in largest)
@@ -162,14 +163,14 @@ def main(argv: list[str]) -> int:
     reasons: list[str] = []
     for row in [row for row in ROWS if any(part in row.name for part in only)]:
         print(row.name, flush=True)
-        found, kept = measured(row, rounds, wanted)
+        found, costs = measured(row, rounds, wanted)
         cells = [found.get(v, "") for v in VARIANTS]
         texts = [c if isinstance(c, str) else "{:.2f} / {:.2f} / {:.2f}".format(*c) for c in cells]
         lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
         print(lines[-1], flush=True)
         if OURS in found:
             goals.append(against_goal(row, found))
-            why = explained(row, found, kept)
+            why = explained(row, found, costs)
             reasons += why
             print("\n".join([goals[-1], *why]), flush=True)
         out.write_text(report(argv, rounds, lines, goals, reasons))  # after each row: a long run may be cut short

@@ -1,6 +1,6 @@
-"""What `engine.py` runs in processes of their own: one step, its correctness, its memory, its profile.
+"""What `engine.py` runs in processes of their own: the correctness of a step; its time, its memory, its profile.
 
-python bench/workers.py check|serve|weigh|profile <row as JSON> <variant>
+python bench/workers.py check|serve <row as JSON> <variant>
 """
 
 import json
@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator
 import torch
 from models import MODELS, Row, trainable_of
 from variants import BY_LAYER, gradient_of
-
-PROFILED_STEPS = 2
-
 
 # ---- a step
 
@@ -63,26 +60,30 @@ def check(row: Row, variant: str) -> None:
 
 
 def serve(row: Row, variant: str) -> None:
-    """Answers each line of the input with the seconds of one step."""
-    torch.set_num_threads(1)
-    step = stepper(row, variant)
-    step()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
-
-
-def weigh(row: Row, variant: str) -> None:
-    """Prints peak tensor bytes of a step, the growth of the resident set, and which operations made what lives then."""
+    """Answers each line of the input, "step", "weigh" or "profile", with a line of JSON."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = stepper(row, variant)
     step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        found = {"step": timed, "weigh": weighed, "profile": profiled}[line.strip()](step)
+        if line == "weigh\n":
+            found.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        print(json.dumps(found), flush=True)
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of a step."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def weighed(step: Callable[[], None]) -> list:
+    """Peak tensor bytes of a step, and which operations made what lived then."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     events = sorted(allocations(profile.profiler.kineto_results.experimental_event_tree()))
     live: Counter[str] = Counter()
     makers: dict[int, str] = {}
@@ -94,7 +95,7 @@ def weigh(row: Row, variant: str) -> None:
         now += size
         if now > peak:
             peak, at_peak = now, dict(live)
-    print(json.dumps([peak, (after - before) * 1024, at_peak]), flush=True)
+    return [peak, at_peak]
 
 
 def allocations(events: list, maker: str = "") -> Iterator[tuple[int, int, int, str]]:
@@ -106,17 +107,13 @@ def allocations(events: list, maker: str = "") -> Iterator[tuple[int, int, int, 
         yield from allocations(event.children, maker or operation)
 
 
-def profile(row: Row, variant: str) -> None:
-    """Prints seconds a step by operation, own time alone."""
-    torch.set_num_threads(1)
-    step = stepper(row, variant)
-    step()
+def profiled(step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of a step by operation, own time alone."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        for _ in range(PROFILED_STEPS):
-            step()
-    print(json.dumps({event.key: event.self_cpu_time_total / 1e6 / PROFILED_STEPS for event in found.key_averages()}))
+        step()
+    return {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
 
 
 if __name__ == "__main__":
     kind, row, variant = sys.argv[1], Row(**json.loads(sys.argv[2])), sys.argv[3]
-    {"serve": serve, "weigh": weigh, "check": check, "profile": profile}[kind](row, variant)
+    {"serve": serve, "check": check}[kind](row, variant)

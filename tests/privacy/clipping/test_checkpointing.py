@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, Loop
+from privzoo.privacy.clipping import BookKeeping, GhostTwoPass, Loop, OpacusHooks
 from privzoo.privacy.clipping.layouts import UnsupportedUse
 
 ENGINES = [BookKeeping, GhostTwoPass, Loop]
@@ -27,6 +27,29 @@ def test_of_transformers(name, reentrant, engine, transformer):
     found = engine(model)(losses, 0.5)
     torch.testing.assert_close(found.norms, expected.norms, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
+def test_opacus_hooks_under_reentrant_checkpointing(name, transformer):
+    model, losses = transformer(name)
+    expected = Loop(model)(losses, 0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    found = OpacusHooks(model)(losses, 0.5)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
+def test_opacus_hooks_are_refused_where_recomputation_hides_gradients_from_them(name, transformer):
+    """Hooks of the recomputed modules do not run in the backward pass: gradients would count as none."""
+    model, losses = transformer(name)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with pytest.raises(UnsupportedUse, match=r"q_proj\.weight: Opacus gave no per-sample gradient, though it is used"):
+        OpacusHooks(model)(losses, 0.5)
 
 
 class Mixed(nn.Module):
@@ -56,6 +79,14 @@ def test_a_layer_inside_and_outside(reentrant, engine):
         found = made(lambda: model(reentrant), 0.5)
         torch.testing.assert_close(found.norms, expected.norms, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_opacus_hooks_refuse_a_layer_inside_and_outside(reentrant):
+    model = Mixed()
+    with pytest.raises(UnsupportedUse, match="Opacus"):
+        OpacusHooks(model)(lambda: model(reentrant), 0.5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
