@@ -33,16 +33,26 @@ def pictures(count: int, shift: int) -> list[dict]:
 
 def columns(node: Any, names: list[str], shift: int) -> dict[str, list]:
     """Texts of 2 to 60 words that begin with the row's name, labels in turn (one row without, where there may be such);
-    or SQuAD's four columns, or a prompt and its reference; or running text."""
+    or SQuAD's four columns, or COPA's, or DROP's, or a prompt and its reference; or running text."""
     texts = [" ".join([name, *(WORDS[(i * k + shift) % 7] for k in range(i * 7 % 60))]) for i, name in enumerate(names)]
     if node.get("completions") and node.completions.get("one_text"):  # several rows of a prompt, with their own references
         prompt = node.prompt.split("{")[1].split("}")[0]
         pooled = [texts[i - i % 3] for i in range(len(texts))] if node.completions.get("pooled") else texts
         return {prompt: pooled, node.completions.references: [text.rsplit(" ", 1)[1] for text in texts]}
+    if "candidates" in node:
+        asked = [("cause", "effect")[i % 2] for i in range(len(names))]
+        right = [i % 3 % 2 for i in range(len(names))]
+        return {"premise": texts, "question": asked, "choice1": names, "choice2": texts[::-1], node.label: right}
+    if node.get("completions") and node.completions.references == "answers_spans":
+        spans = [{"spans": [text.split()[-1], "3"][: 1 + i % 2], "types": ["span"]} for i, text in enumerate(texts)]
+        return {"passage": texts, "question": [f"how many {name} ?" for name in names], "answers_spans": spans}
     if node.get("completions") or "answers" in node:
         last = [text.split()[-1] for text in texts]
         answers = [{"text": [word], "answer_start": [text.rindex(word)]} for text, word in zip(texts, last, strict=True)]
         return {"id": names, "context": texts, "question": [f"what is {name} ?" for name in names], "answers": answers}
+    if "image" in node and not isinstance(node.label, str):
+        flags = {name: [(i + k) % 3 == 0 for i in range(len(names))] for k, name in enumerate(node.label)}
+        return {node.image: pictures(len(names), shift), "celeb_id": list(range(len(names))), **flags}
     if "image" in node:
         return {node.image: pictures(len(names), shift), node.label: [i % node.num_labels for i in range(len(names))]}
     if "label" not in node:

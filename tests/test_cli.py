@@ -69,7 +69,7 @@ def fail_with(error: BaseException) -> Callable[[DictConfig], None]:
         (["trainer.oops=1"], ["'trainer.oops': trainer takes accelerator, precision"]),
         (["zzz=1"], ["Unknown key 'zzz'. ", "--cfg job"]),
         (["task=toy_lm", "model.pooling=mean"], ["'model.pooling': it exists, but not for the model that is chosen"]),
-        (["task=sst3"], ["task 'sst3' does not exist", "sst2, sst2_few_shot, sst5, toy_images", "Did you mean 'sst5'?"]),
+        (["task=sst3"], ["task 'sst3' does not exist", "sst2, sst2_1k, sst2_few_shot, sst5", "Did you mean 'sst5'?"]),
         (["method=dp_ful"], ["method 'dp_ful' does not exist", "'dp_full'"]),
         (["logger=[wandb,tensorbord]"], ["logger 'tensorbord' does not exist", "'tensorboard'"]),
         (["task=[sst2,toy_text]"], ["one task and one method", "-m"]),

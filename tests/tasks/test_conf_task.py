@@ -32,6 +32,15 @@ def read(path, **changes):
     return instantiate({k: v for k, v in node.items() if k not in ("default_model", "num_examples")}), node
 
 
+def few(path, count):
+    """Changes so that few-shot data choose from the few rows of a test."""
+    source = OmegaConf.load(path).data
+    if "source" not in source:
+        return {}
+    key = "per_class" if source.per_class is not None else "rows"
+    return {"data": {key: count if key == "per_class" else 4 * count, "test_rows": 20}}
+
+
 def is_toy(path):
     return OmegaConf.load(path).data._target_.endswith(".ToyData")
 
@@ -66,7 +75,7 @@ def test_toy_task_end_to_end(path):
 @pytest.mark.parametrize("path", [path for path in FILES if not is_toy(path)], ids=lambda path: path.stem)
 def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
     """On a few rows in the hub's format, of lengths from one word to more than fit."""
-    changes = {"data": {"per_class": 5}} if path.stem.endswith("few_shot") else {}
+    changes = few(path, 5)
     changes |= {"completions": {"max_new_tokens": 16}} if "completions" in OmegaConf.load(path) else {}
     changes |= WINDOWS if path.stem == "squad_spans" else {}
     is_text = "image" not in OmegaConf.load(path)
@@ -90,13 +99,13 @@ METHODS = ("dp_full", "dp_lora", "dp_bitfit", "dpzero")
 )
 def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     """Three releases by the command line, and every metric in the record."""
-    few_shot = path.stem.endswith("few_shot")
-    task, node = read(path, **({"data": {"per_class": 20}} if few_shot else {}))
+    chosen = few(path, 8)
+    task, node = read(path, **chosen)
     write_hub_files(node, tmp_path / "data", rows=80)
     task.load(str(tmp_path / "data"))
     code, output = privzoo(
         f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
-        *(["task.data.per_class=20"] if few_shot else []),
+        *[f"task.data.{key}={value}" for key, value in chosen.get("data", {}).items()],
         *(["task.completions.max_new_tokens=16"] if "completions" in node else []),
         *([f"task.{key}={value}" for key, value in WINDOWS.items()] if path.stem == "squad_spans" else []),
         f"data_root={tmp_path / 'data'}", *([] if "image" in node else ["task.max_length=48"]), "batch_size=10",
@@ -151,5 +160,9 @@ def test_num_examples_agrees_with_the_real_data(path, shared):
     if not (shared / "data" / source.folder / f"{source.splits.train}.parquet").is_file():
         pytest.skip(f"{shared / 'data' / source.folder} has no train split")
     task.load(str(shared / "data"))
-    few_shot = "source" in node.data
-    assert task.num_examples == (node.data.per_class * node.num_labels if few_shot else node.num_examples)
+    if node.data.get("per_class") is None:
+        assert task.num_examples == node.num_examples
+    else:
+        labels = task._tables["train"][node.label].to_pylist()
+        assert max(map(labels.count, set(labels))) == node.data.per_class
+        assert task.num_examples <= node.data.per_class * node.num_labels

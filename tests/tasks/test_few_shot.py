@@ -61,9 +61,52 @@ def test_one_label_is_needed(columns, monkeypatch) -> None:
         FewShot(TOY, 1, 0).load("train", columns, None)
 
 
-def test_none_of_a_class_is_refused() -> None:
-    with pytest.raises(UserError, match=r"per_class=0"):
-        FewShot(TOY, 0, 0)
+@pytest.mark.parametrize(
+    ("per_class", "changes", "words"),
+    [
+        (0, {}, r"per_class=0, expected a whole number of at least 1"),
+        (None, {"rows": 0}, r"rows=0"),
+        (1, {"test_rows": 0}, r"test_rows=0"),
+        (1, {"rows": 5}, r"per_class=1 and rows=5, expected one: set the other to null"),
+        (None, {}, r"per_class=None and rows=None"),
+    ],
+)
+def test_numbers_that_choose_nothing_or_twice_are_refused(per_class, changes, words) -> None:
+    with pytest.raises(UserError, match=words):
+        FewShot(TOY, per_class, 0, **changes)
+
+
+def test_so_many_rows_of_all_classes() -> None:
+    """The protocol of DPZero for OPT: no label is needed, and no order of the source is lost."""
+    whole = TOY.load("train", COLUMNS, None)["text"].to_pylist()
+    found = FewShot(TOY, None, 0, rows=100).load("train", COLUMNS[:1], None)["text"].to_pylist()
+    assert len(found) == 100
+    left = iter(whole)
+    assert all(text in left for text in found), "not in the order of the source"
+    other = FewShot(TOY, None, 29, rows=100).load("train", COLUMNS[:1], None)["text"].to_pylist()
+    assert len(set(found) & set(other)) < 20
+    with pytest.raises(UserError, match=r"There are 8000 training rows, expected at least task\.data\.rows=9000"):
+        FewShot(TOY, None, 0, rows=9000).load("train", COLUMNS, None)
+
+
+def test_so_many_test_rows() -> None:
+    whole = TOY.load("validation", COLUMNS, None)
+    found = FewShot(TOY, 1, 42, test_rows=50).load("validation", COLUMNS, None)
+    assert found.num_rows == 50
+    assert set(found["text"].to_pylist()) <= set(whole["text"].to_pylist())
+    assert found["text"].to_pylist() != whole["text"].to_pylist()[:50]
+    assert FewShot(TOY, 1, 42, test_rows=10**6).load("validation", COLUMNS, None).equals(whole)
+
+
+def test_a_class_that_has_fewer(tmp_path) -> None:
+    """TREC's smallest class has 86 rows of the 512 that DPZero asks for."""
+    (tmp_path / "mine").mkdir()
+    lines = [json.dumps({"text": f"text {i}", "label": int(i < 2)}) for i in range(9)]
+    (tmp_path / "mine" / "train.jsonl").write_text("\n".join(lines))
+    few = FewShot(HubData("mine", None, "mine", {"train": "train"}), 4, 0, fewer=True)
+    table = few.load("train", COLUMNS, str(tmp_path))
+    assert Counter(table["label"].to_pylist()) == {0: 4, 1: 2}
+    assert "at most 4 rows of each class" in few.selection
 
 
 def test_dpzeros_recipe_makes_two_thousand_releases() -> None:

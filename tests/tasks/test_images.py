@@ -212,3 +212,64 @@ def test_real_cifar10(shared, processor):
     task.prepare(processor)
     assert task.num_examples == 10_000
     assert task.collate([task.train[i] for i in range(3)])["pixel_values"].shape == (3, 3, 8, 8)
+
+
+ATTRIBUTES = {
+    "bald": [True, False, False, True, False],
+    "young": [1, 1, 0, 0, 1],
+    "smiling": [False, False, True, True, True],
+}
+
+
+@pytest.fixture
+def faces(source, folder, processor):
+    def of(**changes):
+        task = ImageClassification("t", source, "img", list(ATTRIBUTES), 3)
+        rows = {"img": cells(map(png, PIXELS)), **ATTRIBUTES, **changes}
+        task.load(folder(train=rows, validation=rows))
+        task.prepare(processor)
+        return task
+
+    return of
+
+
+def test_attributes_are_learned_each_by_itself(faces, vit):
+    """The loss of a row is the sum of its labels' binary cross-entropies (SETTINGS: CelebA)."""
+    task = faces()
+    batch = task.collate([task.train[i] for i in range(5)])
+    true = torch.tensor([[float(each[i]) for each in ATTRIBUTES.values()] for i in range(5)])
+    assert torch.equal(batch["labels"], true)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    with torch.no_grad():
+        said = vit(pixel_values=batch["pixel_values"]).logits.sigmoid()
+        expected = -(true * said.log() + (1 - true) * (1 - said).log()).sum(1)
+        torch.testing.assert_close(task.losses(vit, batch), expected, rtol=1e-9, atol=0)
+    parts = [{name: values[part] for name, values in batch.items()} for part in (slice(0, 2), slice(2, 5))]
+    found = task.evaluate(vit, parts)
+    assert found["accuracy"] == pytest.approx(((said > 0.5) == (true > 0.5)).double().mean().item(), abs=1e-12)
+    assert found["loss"] == pytest.approx(expected.mean().item())
+    assert 0 < found["accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"young": [1, 1, 2, 0, 1]}, r"row 2: 'young' is 2, expected true, false, 0 or 1"),
+        ({"young": [1, 1, -1, 0, 1]}, r"row 2: 'young' is -1"),
+        ({"young": [True, None, True, True, True]}, r"row 1: 'young' is null"),
+        ({"young": ["yes"] * 5}, r"row 0: 'young' is 'yes'"),
+        ({"young": [1.0] * 5}, r"row 0: 'young' is 1\.0"),
+    ],
+)
+def test_attributes_that_are_no_truth_values(faces, changes, words):
+    with pytest.raises(UserError, match=words):
+        faces(**changes)
+
+
+def test_attributes_and_their_number(source):
+    with pytest.raises(UserError, match=r"task\.label names 2 columns, expected num_labels=3"):
+        ImageClassification("t", source, "img", ["bald", "young"], 3)
+
+
+def test_one_attribute_changes_the_fingerprint(faces):
+    assert faces().fingerprint() != faces(young=[1, 1, 0, 1, 1]).fingerprint()

@@ -1,29 +1,21 @@
 """Loads a pretrained model with its tokenizer or image processor, and tells which weights the checkpoint lacked."""
 
-import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, ResNetConfig
 from transformers.models.auto import modeling_auto
 
-from privzoo.errors import UserError, first_line
-from privzoo.hub import why_not_to_be_had
+from privzoo.errors import UserError
+from privzoo.models.group_norm import GroupNormResNetConfig, has_batchnorm
 from privzoo.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig
 from privzoo.models.quantization import keep_quantized_weights, quantization_options
+from privzoo.models.sources import explained, locate, quiet_transformers
 
-EMBEDDED = ("tiny_encoder", "tiny_lm", "tiny_vit")
-_TINY_FOLDER = Path(__file__).parent / "tiny"
 _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the model types that it knows
     "sequence_classification": (
         transformers.AutoModelForSequenceClassification,
@@ -43,8 +35,6 @@ _AUTO_CLASSES: dict[str, tuple[Any, Any]] = {  # the class that loads, and the m
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-# What transformers, safetensors and torch raise for files that are missing, cut short or not what their name says.
-_BAD_FILES = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _DROPOUT_NAMES = ("dropout", "pdrop", "drop_path", "layerdrop", "drop_rate")
 _ALWAYS_OFF = ("att", "drop_path", "layerdrop")  # masks that hang on padding, or leave out a layer for all rows at once
 
@@ -74,6 +64,7 @@ def load(
     seed: int = 0,
     pooling: str | None = None,
     quantization: str | None = None,
+    replace_batchnorm: bool = False,
 ) -> LoadedModel:
     """A pretrained model for a kind of task.
 
@@ -97,6 +88,8 @@ def load(
             "sequence_classification" only.
         quantization: "nf4" stores the linear layers of the body in 4 bits and computes them in bfloat16; all else has
             `dtype`. Such a base cannot be trained itself, only an adapter beside it.
+        replace_batchnorm: a ResNet gets group norms in the place of its batch norms, with their scales and shifts. Any model
+            that has batch norms is an error otherwise.
     Raises:
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
@@ -107,10 +100,12 @@ def load(
     if pooling not in (None, "mean"):
         raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
     storage = {"dtype": _float_type(dtype), **quantization_options(quantization)}
-    source, cached_only = _locate(path)
+    source, cached_only = locate(path)
     options = {"local_files_only": cached_only, "trust_remote_code": False}
-    with _quiet_transformers(), _explained(path):
+    with quiet_transformers(), explained(path):
         config = _configuration(path, transformers.AutoConfig.from_pretrained(source, **options), kind, pooling)
+        if replace_batchnorm:
+            config = _with_group_norms(path, config)
         _set_dropout(config, dropout)
         if num_labels is not None and kind.endswith("classification"):
             config.num_labels = num_labels
@@ -118,21 +113,41 @@ def load(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pooled = pooling is not None and not isinstance(config, MeanPoolingConfig)
-            auto_class = transformers.AutoModel if pooled else _AUTO_CLASSES[kind][0]
-            if kind == "prompt" and _sees_both_sides(config):
-                auto_class = transformers.AutoModelForMaskedLM
+            auto_class = _auto_class(kind, config, pooled)
             model, new_head = _weights(path, auto_class, source, config=config, **storage, **options)
-            if kind == "prompt" and new_head:
-                raise UserError(
-                    f"Model {path!r} lacks weights that say words, such as {new_head[0]}, and a prompt needs them: take a "
-                    "language model as it was pretrained, such as model=roberta_base, or task.head=classifier."
-                )
             if pooled:
                 model = MeanPoolingClassifier.around(model, config.num_labels)
                 new_head = ("classifier.weight", "classifier.bias")
+    if kind == "prompt" and new_head:
+        raise UserError(
+            f"Model {path!r} lacks weights that say words, such as {new_head[0]}, and a prompt needs them: take a "
+            "language model as it was pretrained, such as model=roberta_base, or task.head=classifier."
+        )
+    if has_batchnorm(model):
+        raise UserError(
+            f"Model {path!r} has batch norms, which mix the rows of a batch, so that none has a gradient of its own: set "
+            "model.replace_batchnorm=true (ResNets: group norms take their place), or choose another model."
+        )
     if kind != "image_classification":
         _check_vocabulary(path, processor, model)
     return LoadedModel(model.eval(), processor, new_head)
+
+
+def _auto_class(kind: str, config: Any, pooled: bool) -> Any:
+    """The class of transformers that loads the weights."""
+    if pooled:
+        return transformers.AutoModel
+    return transformers.AutoModelForMaskedLM if kind == "prompt" and _sees_both_sides(config) else _AUTO_CLASSES[kind][0]
+
+
+def _with_group_norms(path: str, config: PretrainedConfig) -> PretrainedConfig:
+    if isinstance(config, GroupNormResNetConfig):
+        return config
+    if type(config) is not ResNetConfig:
+        raise UserError(
+            f"model.replace_batchnorm=true is for ResNets, but {path!r} is of type {config.model_type!r}: set it to false."
+        )
+    return GroupNormResNetConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 
 def _known(value: str, name: str, choices: Iterable[str]) -> None:
@@ -147,65 +162,6 @@ def _float_type(dtype: str) -> torch.dtype:
             f"Unknown dtype={dtype!r}: expected a floating type of torch, such as model.dtype=float32 or bfloat16."
         )
     return found
-
-
-def _locate(path: str) -> tuple[str, bool]:
-    """Where transformers shall look, and whether it must keep off the network."""
-    if path in EMBEDDED:
-        return str(_TINY_FOLDER / path), True
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{path} is not a model folder: it holds no config.json; give model.path a folder written by"
-                " save_pretrained, or a hub name."
-            )
-        return str(folder), True
-    if folder.exists():
-        raise UserError(f"{path} is a file: model.path expects the folder of a model, or a hub name.")
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"{path} does not exist: model.path expects the folder of a model, or a hub name.")
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        raise UserError(f"{path!r} is neither a folder here nor a possible hub name: check model.path.") from None
-    reason = why_not_to_be_had(path, "model")
-    if reason and not isinstance(try_to_load_from_cache(path, "config.json"), str):
-        raise UserError(
-            f"Model {path!r} is neither a folder here nor to be had from the Hugging Face hub ({reason}): give"
-            " model.path=<folder>, or connect to the network, or fill the hub's cache (HF_HOME) elsewhere and set"
-            " HF_HUB_OFFLINE=1."
-        )
-    return path, reason is not None
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turns what the libraries raise for unreadable files into one sentence with the path and the reason."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _BAD_FILES as error:
-        raise UserError(
-            f"Model {path!r} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged,"
-            " incomplete or of another format; fetch it again or give another model.path."
-        ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps bars and load reports off the screen: `new_head` says what they would."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _configuration(path: str, config: Any, kind: str, pooling: str | None) -> Any:
@@ -235,7 +191,9 @@ def _weights(path: str, auto_class: Any, source: str, **options: Any) -> tuple[A
 
 def _check_kind(path: str, config: PretrainedConfig, kind: str) -> None:
     wanted = kind.replace("_", " ")
-    own = isinstance(config, MeanPoolingConfig) and kind == "sequence_classification"
+    own = isinstance(
+        config, {"sequence_classification": MeanPoolingConfig, "image_classification": GroupNormResNetConfig}.get(kind, ())
+    )
     if config.model_type not in _AUTO_CLASSES[kind][1] and not own:
         raise UserError(
             f"Model {path!r} is of type {config.model_type!r}, which cannot do {wanted}: choose another model= or"

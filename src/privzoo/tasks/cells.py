@@ -21,7 +21,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["text", "texts", "label", "image", "key", "spans"]
+    kind: Literal["text", "texts", "label", "image", "key", "spans", "flag"]
     num_labels: int = 0
     unlabelled: int | None = None
     names: tuple[str, ...] = ()
@@ -45,6 +45,13 @@ def bad_label(where: str, row: int, value: object, column: Column) -> UserError:
         ways, way_out = f"one of the declared names ({named}) or {ways}", "task.label_names"
     return UserError(
         f"{where}, row {row}: {column.name!r} is {shown(value)}, expected {ways}: correct the row, or {way_out}."
+    )
+
+
+def bad_flag(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a cell that is no truth value; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected true, false, 0 or 1: correct the row."
     )
 
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from privzoo.errors import UserError
-from privzoo.tasks.cells import Column, bad_key, bad_label, bad_text, blank_text, shown
+from privzoo.tasks.cells import Column, bad_flag, bad_key, bad_label, bad_text, blank_text, shown
 
 SAME_CHECK = {"spans": "texts"}  # and one more
+TEXTS_OF_STRUCT = ("text", "spans")  # what SQuAD and DROP call the texts of an answer
 
 
 def require_columns(found: Sequence[str], columns: Sequence[Column], where: str) -> None:
@@ -31,10 +32,11 @@ def require_columns(found: Sequence[str], columns: Sequence[Column], where: str)
 def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
     """The asked columns of `table`, each proved to hold what its kind says, in one layout per kind.
 
-    Text comes back as large_string, texts (at least one a row; SQuAD's struct of texts and their places will do) as a
+    Text comes back as large_string, texts (at least one a row; the structs of SQuAD and DROP will do) as a
     large_list of them, spans (such a struct) as texts beside a large_list of int64 named `starts_of(name)`, a label as int64
-    in 0..num_labels-1, a key as large_string, an image as large_binary (the bytes of a picture file) or as a fixed-shape
-    uint8 tensor. Nothing is null and nothing is coerced. Rows without a label (`Column.unlabelled`) are left out.
+    in 0..num_labels-1, a flag as int64 that is 0 or 1, a key as large_string, an image as large_binary (the bytes of a
+    picture file) or as a fixed-shape uint8 tensor. Nothing is null and nothing is coerced. Rows without a label
+    (`Column.unlabelled`) are left out.
 
     Args:
         table: has every one of `columns` (see `require_columns`).
@@ -45,7 +47,8 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     if table.num_rows == 0:
         raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
     check = {
-        "text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image, "key": _checked_key
+        "text": _checked_text, "texts": _checked_texts, "label": _checked_label, "image": _checked_image,
+        "key": _checked_key, "flag": _checked_flag,
     }  # fmt: skip
     checked = pa.table(
         {
@@ -125,8 +128,9 @@ def _checked_key(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chunk
 
 
 def _checked_texts(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
-    if pa.types.is_struct(array.type) and array.type.get_field_index("text") >= 0:
-        array = pc.struct_field(array, "text")
+    for field in TEXTS_OF_STRUCT:
+        if pa.types.is_struct(array.type) and array.type.get_field_index(field) >= 0:
+            array = pc.struct_field(array, field)
     is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     if not is_list or pa.types.is_nested(array.type.value_type):
         raise UserError(
@@ -196,6 +200,18 @@ def _checked_label(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
     if row >= 0:
         raise bad_label(where, row, array[row].as_py(), column)
     return labels
+
+
+def _checked_flag(array: pa.ChunkedArray, column: Column, where: str) -> pa.ChunkedArray:
+    if array.null_count:
+        raise bad_flag(where, first_true(pc.is_null(array)), None, column)
+    if not (pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)):
+        raise bad_flag(where, 0, array[0].as_py(), column)
+    flags = array.cast(pa.int64(), safe=False)
+    row = first_true(pc.invert(pc.is_in(flags, pa.array([0, 1]))))
+    if row >= 0:
+        raise bad_flag(where, row, array[row].as_py(), column)
+    return flags
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -13,22 +13,29 @@ from privzoo.tasks.data import HubData, ToyData
 
 @dataclass(frozen=True)
 class FewShot:
-    """`per_class` rows of every class of a source's train split; its other splits whole.
+    """A few rows of a source's train split: `per_class` of every class, or `rows` of all; of its other splits all, or
+    `test_rows`.
 
     Privacy: the selected rows are the data set. A promise is for them alone: who was in the source, and was not selected,
     is not covered, because one row more or less there changes who is selected.
 
     Args:
         source: where the rows come from.
-        per_class: k, at least 1.
+        per_class: k, at least 1; None: `rows` says how many.
         seed: of the selection; public, and no other than this one decides it.
+        rows: of the whole train split, at least 1; None: `per_class` says how many.
+        fewer: whether a class with fewer than `per_class` rows gives all that it has; otherwise it is an error.
+        test_rows: of every other split at most so many; None: all.
     Raises:
-        UserError: per_class is below 1.
+        UserError: neither or both of per_class and rows are given, or a number is below 1.
     """
 
     source: HubData | ToyData
-    per_class: int
+    per_class: int | None
     seed: int
+    rows: int | None = None
+    fewer: bool = False
+    test_rows: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, HubData | ToyData):
@@ -36,26 +43,41 @@ class FewShot:
                 f"Expected the source of few-shot rows to be a published data set, found {type(self.source).__name__}: rows "
                 "of an owner would be chosen one by one."
             )
-        if self.per_class < 1:
-            raise UserError(f"task.data.per_class={self.per_class}, expected at least 1.")
+        if (self.per_class is None) == (self.rows is None):
+            raise UserError(
+                f"Found task.data.per_class={self.per_class} and rows={self.rows}, expected one: set the other to null."
+            )
+        for name in ("per_class", "rows", "test_rows"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"task.data.{name}={value}, expected a whole number of at least 1.")
 
     @property
     def selection(self) -> str:
         """What the privacy card says about the rows."""
+        most = "at most " if self.fewer else ""
+        what = f"{self.rows} rows" if self.per_class is None else f"{most}{self.per_class} rows of each class"
         return (
-            f"The training examples are {self.per_class} rows of each class, selected by the public seed {self.seed}: "
+            f"The training examples are {what}, selected by the public seed {self.seed}: "
             "the promise is for the selected rows, not for all from which they were selected."
         )
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
-        """As the source's `load`; of the split "train" the selected rows, in the order of the source.
+        """As the source's `load`; the selected rows, in the order of the source.
 
         Raises:
-            UserError: no column, or more than one, is a label; a class has fewer than `per_class` rows.
+            UserError: the train split has too few rows, or a class of it; with `per_class` no column, or more than one, is a
+                label.
         """
         table = self.source.load(split, columns, data_root)
         if split != "train":
-            return table
+            if self.test_rows is None or self.test_rows >= table.num_rows:
+                return table
+            return table.take(np.sort(self._chosen(np.arange(table.num_rows), self.test_rows, split)))
+        if self.rows is not None:
+            if table.num_rows < self.rows:
+                raise UserError(f"There are {table.num_rows} training rows, expected at least task.data.rows={self.rows}.")
+            return table.take(np.sort(self._chosen(np.arange(table.num_rows), self.rows, split)))
         labels = [column for column in columns if column.kind == "label"]
         if len(labels) != 1:
             raise UserError(f"few-shot data need one label column, found {len(labels)}: choose a classification task.")
@@ -65,9 +87,15 @@ class FewShot:
         return table.take(np.sort(np.concatenate(chosen)))
 
     def _of_class(self, rows: np.ndarray, number: int) -> np.ndarray:
-        if len(rows) < self.per_class:
+        assert self.per_class is not None
+        if len(rows) < self.per_class and not (self.fewer and len(rows)):
             raise UserError(
                 f"class {number} has {len(rows)} training rows, expected at least task.data.per_class={self.per_class}: "
                 "lower it."
             )
-        return np.random.default_rng([self.seed, number]).choice(rows, self.per_class, replace=False)
+        return np.random.default_rng([self.seed, number]).choice(rows, min(self.per_class, len(rows)), replace=False)
+
+    def _chosen(self, rows: np.ndarray, count: int, split: str) -> np.ndarray:
+        """By a stream of the seed and the split."""
+        key = int.from_bytes(split.encode(), "little")
+        return np.random.default_rng([self.seed, key]).choice(rows, count, replace=False)

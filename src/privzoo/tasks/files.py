@@ -13,8 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from privzoo.errors import UserError, first_line
-from privzoo.tasks.cells import Column, bad_key, bad_label, bad_text, bad_texts
-from privzoo.tasks.columns import first_true, require_columns
+from privzoo.tasks.cells import Column, bad_flag, bad_key, bad_label, bad_text, bad_texts
+from privzoo.tasks.columns import TEXTS_OF_STRUCT, first_true, require_columns
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 SPANS = pa.struct({"text": pa.large_list(pa.large_string()), "answer_start": pa.large_list(pa.int64())})
@@ -133,6 +133,8 @@ def _of_records(
         "label": pa.int64(),
         "key": pa.large_string(),
         "spans": SPANS,
+        "image": pa.large_binary(),  # of no row: `_checked_cell` refuses the first
+        "flag": pa.int64(),
     }
     return pa.table({column.name: pa.array(cells[column.name], types[column.kind]) for column in columns})
 
@@ -163,6 +165,10 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
         if type(number) is not int or not column.takes(number):
             raise bad_label(where, row, value, column)
         return number
+    elif column.kind == "flag":
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise bad_flag(where, row, value, column)
+        return int(value)
     elif column.kind == "key":
         if (not isinstance(value, str) or not value) and type(value) is not int:
             raise bad_key(where, row, value, column)
@@ -174,7 +180,7 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
             raise bad_texts(where, row, value, column)
         return {"text": texts, "answer_start": starts}
     elif column.kind == "texts":
-        texts = value.get("text") if isinstance(value, dict) else value
+        texts = next((value[f] for f in TEXTS_OF_STRUCT if f in value), None) if isinstance(value, dict) else value
         if not isinstance(texts, list):
             raise bad_texts(where, row, value, column)
         return [_checked_cell(text, replace(column, kind="text"), where, row) for text in texts]

@@ -9,9 +9,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from privzoo.errors import UserError
-from privzoo.tasks.base import Task
+from privzoo.tasks.base import Task, scoring
 from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
 from privzoo.tasks.columns import content_digest
@@ -22,7 +23,9 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError) 
 
 
 class ImageClassification(Task):
-    """A label for an image, or the mean loss of several views of it (augmentation multiplicity, De et al. 2022).
+    """A label for an image, or several that are true or false each by itself (the attributes of a face).
+
+    With `views` above 1 the mean loss of several views of an image is learned (augmentation multiplicity, De et al. 2022).
 
     View 0 is the image as it is. Further ones are shifted by up to an eighth of its sides and mirrored or not, as a hash of
     the image itself says: an image that leaves changes no view of another, as a stream by numbers would. The same views come
@@ -32,8 +35,8 @@ class ImageClassification(Task):
         name: as in the run record.
         data: where the rows come from.
         image: name of the image column (picture files as bytes, or uint8 arrays of one shape).
-        label: name of the label column, integers in 0..num_labels-1.
-        num_labels: number of classes, at least 2.
+        label: name of the label column, integers in 0..num_labels-1; or the names of `num_labels` columns of truth values.
+        num_labels: number of classes or of such columns, at least 2.
         views: of each training image.
         label_names: the classes in words.
     """
@@ -48,22 +51,28 @@ class ImageClassification(Task):
         name: str,
         data: HubData | ToyData,
         image: str,
-        label: str,
+        label: str | Sequence[str],
         num_labels: int,
         views: int = 1,
         label_names: Sequence[str] | None = None,
     ):
         if num_labels < 2:
             raise UserError(f"task.num_labels={num_labels}, expected at least 2: correct the task's yaml.")
+        if not isinstance(label, str) and len(label) != num_labels:
+            raise UserError(f"task.label names {len(label)} columns, expected num_labels={num_labels}: add or drop names.")
         if type(views) is not int or views < 1:
             raise UserError(f"Expected task.views={views} to be a whole number of at least 1.")
         self.name, self.num_labels, self._views = name, num_labels, views
         self.label_names = list(label_names) if label_names is not None else None
-        self._data, self._image, self._label = data, image, label
+        self._data, self._image, self._label = data, image, label if isinstance(label, str) else list(label)
 
     def load(self, data_root: str | None) -> None:
         """Opens every picture file far enough to see that it is one; a file cut short shows only when it is decoded."""
-        columns = [Column(self._image, "image"), Column(self._label, "label", self.num_labels)]
+        if isinstance(self._label, str):
+            labels = [Column(self._label, "label", self.num_labels)]
+        else:
+            labels = [Column(name, "flag") for name in self._label]
+        columns = [Column(self._image, "image"), *labels]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
         for split, table in self._tables.items():
             if pa.types.is_large_binary(table.schema.field(self._image).type):
@@ -84,7 +93,7 @@ class ImageClassification(Task):
             )
         self.train, self.validation = (
             ImageRows(
-                table[self._image], table[self._label].to_numpy(), processor, f"{self.name} ({split} split)",
+                table[self._image], self._labels(table), processor, f"{self.name} ({split} split)",
                 self._views if split == "train" else 1,
             )
             for split, table in self._tables.items()
@@ -95,6 +104,12 @@ class ImageClassification(Task):
             rows = len(self.train)
             self.rows_of_unit = RowsOfUnits(np.arange(rows) // self._views)
 
+    def _labels(self, table: pa.Table) -> np.ndarray:
+        """(N,) of integers, or (N, labels) of 0.0 and 1.0."""
+        if isinstance(self._label, str):
+            return table[self._label].to_numpy()
+        return np.stack([table[name].to_numpy() for name in self._label], axis=1).astype(np.float32)
+
     def length(self, row: dict) -> int:
         """1: the processor brings all images to one size."""
         return 1
@@ -104,17 +119,36 @@ class ImageClassification(Task):
         return list(range(len(rows)))
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """pixel_values: float32 (R, 3, height, width); labels: (R,)."""
-        pixels = np.stack([row["pixel_values"] for row in rows])
-        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.tensor([row["label"] for row in rows])}
+        """pixel_values: float32 (R, 3, height, width); labels: (R,), or float32 (R, labels)."""
+        stacked = {"pixel_values": "pixel_values", "labels": "label"}
+        return {name: torch.from_numpy(np.stack([row[key] for row in rows])) for name, key in stacked.items()}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Of training rows: a view's share in the mean over the views of its image."""
-        return class_losses(class_logits(model, batch), batch) / self._views
+        losses = class_losses if isinstance(self._label, str) else attribute_losses
+        return losses(class_logits(model, batch), batch) / self._views
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """accuracy, and the mean loss of a row."""
-        return evaluate_classes(model, loader)[0]
+        """accuracy (over all rows and labels), and the mean loss of a row."""
+        return evaluate_classes(model, loader)[0] if isinstance(self._label, str) else evaluate_attributes(model, loader)
+
+
+def attribute_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Binary cross-entropy of each row, added up over its labels, (R,)."""
+    return functional.binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype), reduction="none").sum(1)
+
+
+def evaluate_attributes(model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """The share of right answers over all rows and labels, and the mean loss of a row."""
+    rows, right, loss = 0, 0.0, 0.0
+    with scoring(model):
+        for batch in loader:
+            logits = class_logits(model, batch)
+            rows += len(logits)
+            right += ((logits > 0) == (batch["labels"] > 0.5)).double().mean(1).sum().item()
+            loss += attribute_losses(logits, batch).double().sum().item()
+    assert rows, "evaluate was given no micro-batch"
+    return {"accuracy": right / rows, "loss": loss / rows}
 
 
 class ImageRows(Sequence[dict]):
@@ -129,7 +163,7 @@ class ImageRows(Sequence[dict]):
         return len(self._labels) * self._views
 
     def __getitem__(self, index):
-        """pixel_values: float32 array (3, height, width); label: int.
+        """pixel_values: float32 array (3, height, width); label: a number, or float32 (labels,).
 
         Raises:
             UserError: the image cannot be decoded.
@@ -147,7 +181,7 @@ class ImageRows(Sequence[dict]):
         if view:
             image = changed(image, _view_stream(raw, view))
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
-        return {"pixel_values": np.asarray(pixels, dtype=np.float32), "label": int(self._labels[index])}
+        return {"pixel_values": np.asarray(pixels, dtype=np.float32), "label": self._labels[index]}
 
 
 def _view_stream(raw: bytes, view: int) -> np.random.Generator:

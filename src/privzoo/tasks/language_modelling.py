@@ -16,6 +16,7 @@ from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_leng
 from privzoo.tasks.columns import content_digest
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.prompt_tokens import cut_to, joined, shortened, start_tokens, template_ids
 from privzoo.tasks.templates import filled, parsed
@@ -63,7 +64,7 @@ class PromptCompletion(Task):
     def __init__(
         self,
         name: str,
-        data: HubData | ToyData | OwnData,
+        data: HubData | ToyData | FewShot | OwnData,
         prompt: str,
         target: str,
         max_length: int,
