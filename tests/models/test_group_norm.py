@@ -103,10 +103,15 @@ def test_transformers_loads_it_without_privzoo(resnet: str, tmp_path: Path, monk
         assert torch.equal(found.eval()(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits)
 
 
-def test_end_to_end(resnet: str, privzoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    ["dp_full", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("dp_head", "dp_bitfit", "dp_lora", "dpzero"))],
+)
+def test_end_to_end(method: str, resnet: str, privzoo, tmp_path: Path) -> None:
     """Three releases, and the saved model scores as it did."""
+    targets = ["method.adapter.tuner.target_modules=[convolution]"] if method == "dp_lora" else []
     code, output = privzoo(
-        "task=toy_images", "method=dp_full", "model=resnet18", f"model.path={resnet}", "model.replace_batchnorm=true",
+        *targets, "task=toy_images", f"method={method}", "model=resnet18", f"model.path={resnet}", "model.replace_batchnorm=true",
         "eps=8", "batch_size=64", "epochs=0.048", "microbatch_size=64", "trainer.accelerator=cpu", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert code == 0, output

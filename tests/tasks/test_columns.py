@@ -9,7 +9,8 @@ import pytest
 
 from privzoo.errors import UserError
 from privzoo.tasks.cells import Column
-from privzoo.tasks.columns import checked_table, content_digest
+from privzoo.tasks.columns import checked_table
+from privzoo.tasks.digest import content_digest
 
 COLUMNS = [Column("text", "text"), Column("label", "label", 10)]
 

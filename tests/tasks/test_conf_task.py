@@ -26,15 +26,22 @@ OF_KIND = {
 }
 
 
+def loaded(path):
+    """The yaml, as part of a configuration."""
+    whole = OmegaConf.create({"task": OmegaConf.load(path), "data": {"on_error": "raise"}})
+    return OmegaConf.create(OmegaConf.to_container(whole.task, resolve=True))
+
+
 def read(path, **changes):
     """The task, and the two keys of its yaml that are not for the class."""
-    node = OmegaConf.merge(OmegaConf.load(path), changes)
+    node = loaded(path)
+    node.merge_with(changes)
     return instantiate({k: v for k, v in node.items() if k not in ("default_model", "num_examples")}), node
 
 
 def few(path, count):
     """Changes so that few-shot data choose from the few rows of a test."""
-    source = OmegaConf.load(path).data
+    source = loaded(path).data
     if "source" not in source:
         return {}
     key = "per_class" if source.per_class is not None else "rows"
@@ -42,7 +49,7 @@ def few(path, count):
 
 
 def is_toy(path):
-    return OmegaConf.load(path).data._target_.endswith(".ToyData")
+    return loaded(path).data._target_.endswith(".ToyData")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -76,9 +83,9 @@ def test_toy_task_end_to_end(path):
 def test_hub_task_end_to_end(path, tmp_path, write_hub_files):
     """On a few rows in the hub's format, of lengths from one word to more than fit."""
     changes = few(path, 5)
-    changes |= {"completions": {"max_new_tokens": 16}} if "completions" in OmegaConf.load(path) else {}
+    changes |= {"completions": {"max_new_tokens": 16}} if "completions" in loaded(path) else {}
     changes |= WINDOWS if path.stem == "squad_spans" else {}
-    is_text = "image" not in OmegaConf.load(path)
+    is_text = "image" not in loaded(path)
     task, node = read(path, **changes, **({"max_length": 48} if is_text else {}))
     write_hub_files(node, tmp_path)
     task.load(str(tmp_path))

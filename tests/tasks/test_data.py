@@ -1,18 +1,22 @@
 """The hub when it answers, when it does not, and when only its cache does; and the toy world."""
 
 import io
+import json
 import sys
 import time
 from dataclasses import replace
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from privzoo import hub, toyworld
 from privzoo.errors import UserError
 from privzoo.tasks.cells import Column
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.few_shot import FewShot
 
 COLUMNS = [Column("sentence", "text"), Column("label", "label", 2)]
 ROWS = {"sentence": ["a good one", "a bad one"], "label": [1, 0], "idx": [0, 1]}
@@ -160,3 +164,56 @@ def test_real_images_come_as_bytes(shared):
 
     assert table.num_rows == 4_000
     assert Image.open(io.BytesIO(table["img"][0].as_py())).size == (32, 32)
+
+
+SKIPPING = HubData("mine", None, "mine", {"train": "train", "validation": "dev"}, on_error="skip")
+GOOD = [{"sentence": f"good {i}", "label": i % 2} for i in range(20)]
+BAD = [{"sentence": None, "label": 0}, {"sentence": "odd", "label": 7}, {"sentence": "no label", "label": None}]
+
+
+def write_rows(folder, rows, suffix):
+    folder.mkdir(exist_ok=True)
+    if suffix == "jsonl":
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif suffix == "csv":
+        lines = [",".join("" if cell is None else str(cell) for cell in row.values()) for row in rows]
+        (folder / "train.csv").write_text("\n".join(["sentence,label", *lines]))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_skipped_rows_are_counted_and_the_card_says_so(tmp_path, suffix):
+    rows = [*GOOD[:7], BAD[0], BAD[1], *GOOD[7:], BAD[2]]
+    write_rows(tmp_path / "mine", rows, suffix)
+    with pytest.raises(UserError, match=r"row 7: 'sentence' is null|row 22: 'label' is null"):
+        replace(SKIPPING, on_error="raise").load("train", COLUMNS, str(tmp_path))
+    source = replace(SKIPPING)
+    assert source.selection is None
+    assert source.load("train", COLUMNS, str(tmp_path)).to_pylist() == GOOD
+    assert source.selection == "3 rows of the file were not what the task expects and were left out (data.on_error=skip)."
+    few = FewShot(replace(SKIPPING), 4, 0)
+    assert few.load("train", COLUMNS, str(tmp_path)).num_rows == 8
+    assert "4 rows of each class" in few.selection
+    assert "3 rows of the file" in few.selection
+
+
+def test_a_file_of_which_nothing_is_left(tmp_path):
+    write_rows(tmp_path / "mine", BAD, "jsonl")
+    with pytest.raises(UserError, match=r"none of 3 rows is what the task expects; data\.on_error=raise says why"):
+        replace(SKIPPING).load("train", COLUMNS, str(tmp_path))
+
+
+def test_rows_without_a_label_are_left_out_and_not_counted(tmp_path):
+    """SNLI's -1 is no mistake."""
+    rows = [{"sentence": "nobody agreed", "label": -1}, BAD[1], {"sentence": "nor here", "label": -1}, *GOOD]
+    write_rows(tmp_path / "mine", rows, "parquet")
+    source = replace(SKIPPING)
+    table = source.load("train", [COLUMNS[0], Column("label", "label", 2, unlabelled=-1)], str(tmp_path))
+    assert table.to_pylist() == GOOD
+    assert source.selection.startswith("1 rows of the file")
+
+
+def test_another_way_than_raise_and_skip():
+    with pytest.raises(UserError, match=r"data\.on_error=ignore to be raise or skip"):
+        replace(SKIPPING, on_error="ignore")

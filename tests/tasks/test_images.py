@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -164,7 +165,7 @@ def test_fingerprint(ready):
 
 
 def test_bytes_that_are_no_image_fail_at_load(ready):
-    with pytest.raises(UserError, match=r"t \(train split\), row 1 cannot be decoded \(not a picture file"):
+    with pytest.raises(UserError, match=r"set/train\.parquet, row 1 cannot be decoded \(not a picture file"):
         ready(cells([png(PIXELS[0]), b"hello"]), [0, 1])
 
 
@@ -273,3 +274,20 @@ def test_attributes_and_their_number(source):
 
 def test_one_attribute_changes_the_fingerprint(faces):
     assert faces().fingerprint() != faces(young=[1, 1, 0, 1, 1]).fingerprint()
+
+
+def test_pictures_that_are_no_pictures_or_cut_short_are_skipped(source, folder, processor):
+    """A file that is cut short shows when it is decoded, which is before the run where it is to be skipped."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    blobs = [png(each) for each in pixels]
+    blobs[1], blobs[2] = b"no picture", blobs[2][: len(blobs[2]) // 2]
+    rows = {"img": cells(blobs), "y": [0, 1, 2, 1]}
+    root = folder(train=rows, validation=rows)
+    task = ImageClassification("t", replace(source, on_error="skip"), "img", "y", 3)
+    task.load(root)
+    task.prepare(processor)
+    assert task.num_examples == 2
+    assert [task.train[i]["label"] for i in range(2)] == [0, 1]
+    assert task.selection.startswith("2 rows of the file")
+    with pytest.raises(UserError, match=r"row 1 cannot be decoded \(not a picture file"):
+        ImageClassification("t", source, "img", "y", 3).load(root)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from privzoo.errors import UserError
 
+RAISE, SKIP = "raise", "skip"  # what to do with a row that is not what its columns say
+
 
 @dataclass(frozen=True)
 class Column:
@@ -16,6 +18,7 @@ class Column:
     Attributes:
         names: of the classes, where a label column may hold them in place of numbers.
         empty: whether a text may be blank.
+        whole: whether an image counts as sound only once it is decoded, and not by its header alone.
         unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
             others are; None: there is no such number.
     """
@@ -26,6 +29,7 @@ class Column:
     unlabelled: int | None = None
     names: tuple[str, ...] = ()
     empty: bool = True
+    whole: bool = False
 
     def takes(self, label: int) -> bool:
         """Whether a label column may hold this integer."""

@@ -11,8 +11,8 @@ from torch.nn import functional
 from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
 from privzoo.tasks.cells import Column
-from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.digest import content_digest
 from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.prompts import Prompt, batches

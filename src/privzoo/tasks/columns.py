@@ -1,7 +1,6 @@
-"""The checks that every table passes before it is used, and a digest of its content."""
+"""The checks that every table passes before it is used."""
 
 import difflib
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -44,6 +43,11 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     Raises:
         UserError: for the first thing that is wrong, with its row.
     """
+    return _labelled(_checked(table, columns, where), columns, where)
+
+
+def _checked(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
+    """`checked_table` with the rows that have no label."""
     if table.num_rows == 0:
         raise UserError(f"{where} has 0 rows, expected at least 1: fill it, or choose another data set.")
     check = {
@@ -59,22 +63,27 @@ def checked_table(table: pa.Table, columns: Sequence[Column], where: str) -> pa.
     for column in (column for column in columns if column.kind == "spans"):
         places = _checked_places(table[column.name], checked[column.name], column, where)
         checked = checked.append_column(starts_of(column.name), places)
-    for column in (column for column in columns if column.unlabelled is not None):
-        checked = checked.filter(pc.not_equal(checked[column.name], column.unlabelled))
-        if checked.num_rows == 0:
-            raise UserError(f"{where}: {column.name!r} is {column.unlabelled}, no label, in all rows: choose another split.")
     return checked
 
 
+def _labelled(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table:
+    """The rows of a checked table that have their labels."""
+    for column in (column for column in columns if column.unlabelled is not None):
+        table = table.filter(pc.not_equal(table[column.name], column.unlabelled))
+        if table.num_rows == 0:
+            raise UserError(f"{where}: {column.name!r} is {column.unlabelled}, no label, in all rows: choose another split.")
+    return table
+
+
 def sound_rows(table: pa.Table, columns: Sequence[Column], where: str, skipped: list[int], first: int = 0) -> list[pa.Table]:
-    """`checked_table` of the rows that are what their columns say, in order, in pieces; the numbers of the others are added
-    to `skipped`. Whether a row is left out depends on that row alone.
+    """The rows that are what their columns say, checked, in order, in pieces; the numbers of the others are added to
+    `skipped`. Whether a row is left out depends on that row alone.
 
     Args:
         first: number of the table's first row.
     """
     try:
-        return [checked_table(table, columns, where)] if table.num_rows else []
+        return [_checked(table, columns, where)] if table.num_rows else []
     except UserError:
         if table.num_rows == 1:
             skipped.append(first)
@@ -82,6 +91,20 @@ def sound_rows(table: pa.Table, columns: Sequence[Column], where: str, skipped: 
     half = table.num_rows // 2
     parts = ((table.slice(0, half), first), (table.slice(half), first + half))
     return [piece for part, start in parts for piece in sound_rows(part, columns, where, skipped, start)]
+
+
+def checked_or_skipped(table: pa.Table, columns: Sequence[Column], where: str, skipped: list[int] | None) -> pa.Table:
+    """`checked_table`; with a list for `skipped`, of the rows that are what their columns say, the others' numbers in it.
+
+    Raises:
+        UserError: as `checked_table`; no row is left.
+    """
+    if skipped is None:
+        return checked_table(table, columns, where)
+    pieces = sound_rows(table, columns, where, skipped)
+    if not pieces:
+        raise UserError(f"{where}: none of {len(skipped)} rows is what the task expects; data.on_error=raise says why.")
+    return _labelled(pa.concat_tables(pieces), columns, where)
 
 
 def first_true(mask: pa.ChunkedArray) -> int:
@@ -237,7 +260,9 @@ def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
             f"embed them in the file or leave the row out."
         )
     if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
-        return array.cast(pa.large_binary())
+        array = array.cast(pa.large_binary())
+        _check_pictures(array, column.whole, where)
+        return array
     if isinstance(array.type, pa.FixedShapeTensorType) and pa.types.is_uint8(array.type.value_type):
         return array
     raise UserError(
@@ -246,40 +271,10 @@ def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
     )
 
 
-def content_digest(table: pa.Table, settings: str) -> str:
-    """sha256 (hex) of the rows of a checked table, in order, and of `settings`.
+def _check_pictures(array: pa.ChunkedArray, whole: bool, where: str) -> None:
+    from privzoo.tasks.pictures import decoded, open_image  # most tasks have no use for PIL
 
-    Equal tables give equal digests however they are sliced or cut into chunks. A changed character, label, pixel,
-    order, column name or setting changes it: lengths are hashed beside the bytes, so that text cannot move
-    between neighbouring rows unseen.
-    """
-    digest = hashlib.sha256(settings.encode())
-    for name, array in zip(table.column_names, table.columns, strict=True):
-        digest.update(f"\0{name}\0{array.type}\0{len(array)}\0".encode())
-        chunks = [chunk for chunk in array.chunks if len(chunk)]
-        if pa.types.is_large_list(array.type):
-            for chunk in chunks:
-                digest.update(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            array = pc.list_flatten(array)
-            chunks = array.chunks
-        if pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type):
-            for chunk in chunks:
-                digest.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            for chunk in chunks:
-                digest.update(_string_bytes(chunk))
-        elif isinstance(array.type, pa.FixedShapeTensorType):
-            for chunk in chunks:
-                digest.update(chunk.storage.flatten().to_numpy().tobytes())
-        else:
-            for chunk in chunks:
-                digest.update(chunk.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-def _string_bytes(chunk: pa.Array) -> memoryview:
-    """The bytes of all cells, one after another. The buffers of a slice are those of its parent: cut them."""
-    _, offsets, data = chunk.buffers()
-    if data is None:
-        return memoryview(b"")
-    bounds = np.frombuffer(offsets, dtype=np.int64)[[chunk.offset, chunk.offset + len(chunk)]]
-    return memoryview(data)[bounds[0] : bounds[1]]
+    for row, cell in enumerate(array):
+        image = open_image(cell.as_buffer(), where, row)
+        if whole:
+            decoded(image, where, row)

@@ -6,7 +6,7 @@ checked, and it writes nothing into the data folder.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import ClassVar, Literal
 
@@ -16,8 +16,8 @@ import pyarrow as pa
 from privzoo import toyworld
 from privzoo.errors import UserError, first_line
 from privzoo.hub import why_not_to_be_had
-from privzoo.tasks.cells import Column
-from privzoo.tasks.columns import checked_table, require_columns
+from privzoo.tasks.cells import RAISE, SKIP, Column
+from privzoo.tasks.columns import checked_or_skipped, checked_table, require_columns
 from privzoo.tasks.files import find_split, read_split
 from privzoo.tasks.splits import may_meet
 
@@ -35,6 +35,8 @@ class HubData:
         splits: our name of a split ("train", "validation") to the hub's name of it, which is also the file's.
         revision: of the repository; None: its main branch. Repositories that hold a script have their files in
             "refs/convert/parquet".
+        on_error: "raise" at the first row that is not what the task expects, or "skip" such rows and count them. Whether a
+            row is skipped depends on that row alone.
     """
 
     name: str
@@ -42,9 +44,12 @@ class HubData:
     folder: str
     splits: dict[str, str]
     revision: str | None = None
-    selection: ClassVar[None] = None  # all rows of a split, as they are
+    on_error: str = RAISE
+    _skipped: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)  # of each split
 
     def __post_init__(self) -> None:
+        if self.on_error not in (RAISE, SKIP):
+            raise UserError(f"Expected data.on_error={self.on_error} to be {RAISE} or {SKIP}.")
         named = list(self.splits.values())
         if any(may_meet(one, other) for i, one in enumerate(named) for other in named[:i]):
             raise UserError(
@@ -52,6 +57,11 @@ class HubData:
                 "be published without noise; name a split of its own for validation, or slices that do not meet, such as "
                 "train[:90%] and train[90%:]."
             )
+
+    @property
+    def selection(self) -> str | None:
+        """What the privacy card says about the rows, once they are loaded."""
+        return left_out(self._skipped.get("train", 0))
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """All rows of a split, in the order of the source, with the asked columns only.
@@ -67,13 +77,18 @@ class HubData:
                 f"the data set {self.name} has no {split!r} among its splits ({', '.join(self.splits)}): "
                 f"add data.splits.{split} to the task's configuration."
             )
+        skipped: list[int] | None = [] if self.on_error == SKIP else None
+        if skipped is not None:  # a picture that breaks in the middle of a run could not be skipped there
+            columns = [replace(column, whole=True) for column in columns]
         if data_root is not None:
             path = find_split(data_root, self.folder, self.splits[split])
-            return checked_table(read_split(path, columns), columns, str(path))
-        table = self._from_hub(self.splits[split])
-        where = f"{self.name} ({self.splits[split]} split)"
-        require_columns(table.column_names, columns, where)
-        return checked_table(table, columns, where)
+            table, where = read_split(path, columns, skipped), str(path)
+        else:
+            table, where = self._from_hub(self.splits[split]), f"{self.name} ({self.splits[split]} split)"
+            require_columns(table.column_names, columns, where)
+        rows = checked_or_skipped(table, columns, where, skipped)
+        self._skipped[split] = len(skipped or ())
+        return rows
 
     def _from_hub(self, split: str) -> pa.Table:
         import datasets  # takes two seconds, and most runs read files
@@ -91,6 +106,12 @@ class HubData:
                 f"such as task=toy_text."
             ) from error
         return rows.with_format("arrow")[:]
+
+
+def left_out(count: int) -> str | None:
+    """What the privacy card says of rows that were skipped."""
+    what = f"{count} rows of the file were not what the task expects and were left out (data.on_error=skip)."
+    return what if count else None
 
 
 @contextlib.contextmanager

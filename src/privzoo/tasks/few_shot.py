@@ -57,10 +57,11 @@ class FewShot:
         """What the privacy card says about the rows."""
         most = "at most " if self.fewer else ""
         what = f"{self.rows} rows" if self.per_class is None else f"{most}{self.per_class} rows of each class"
-        return (
+        said = (
             f"The training examples are {what}, selected by the public seed {self.seed}: "
             "the promise is for the selected rows, not for all from which they were selected."
         )
+        return f"{said} {self.source.selection}" if self.source.selection else said
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """As the source's `load`; the selected rows, in the order of the source.

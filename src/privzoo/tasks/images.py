@@ -1,7 +1,6 @@
 """Classification of images. Decoded with PIL, row by row, when a row is asked for."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,11 +14,10 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import Task, scoring
 from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
-from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.digest import content_digest
+from privzoo.tasks.pictures import decoded, open_image
 from privzoo.tasks.units import RowsOfUnits
-
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for bad bytes
 
 
 class ImageClassification(Task):
@@ -67,17 +65,13 @@ class ImageClassification(Task):
         self._data, self._image, self._label = data, image, label if isinstance(label, str) else list(label)
 
     def load(self, data_root: str | None) -> None:
-        """Opens every picture file far enough to see that it is one; a file cut short shows only when it is decoded."""
+        """Every picture file is opened far enough to see that it is one; one cut short shows only when it is decoded."""
         if isinstance(self._label, str):
             labels = [Column(self._label, "label", self.num_labels)]
         else:
             labels = [Column(name, "flag") for name in self._label]
         columns = [Column(self._image, "image"), *labels]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
-        for split, table in self._tables.items():
-            if pa.types.is_large_binary(table.schema.field(self._image).type):
-                for row, cell in enumerate(table[self._image]):
-                    open_image(cell.as_buffer(), f"{self.name} ({split} split)", row)
         self.count(self._tables["train"])
         self.selection = self._data.selection
 
@@ -177,7 +171,7 @@ class ImageRows(Sequence[dict]):
             image = Image.fromarray(cell.to_numpy()).convert("RGB")
         else:
             raw = cell.as_py()
-            image = _decoded(open_image(cell.as_buffer(), self._where, index), self._where, index)
+            image = decoded(open_image(cell.as_buffer(), self._where, index), self._where, index)
         if view:
             image = changed(image, _view_stream(raw, view))
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
@@ -198,28 +192,3 @@ def changed(image: Image.Image, stream: np.random.Generator) -> Image.Image:
     top, left = (int(stream.integers(0, 2 * margin + 1)) for margin in margins)
     shifted = padded[top : top + pixels.shape[0], left : left + pixels.shape[1]]
     return Image.fromarray(np.ascontiguousarray(shifted[:, ::-1] if stream.integers(0, 2) else shifted))
-
-
-def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
-    """The image, its header read and its pixels not yet.
-
-    Raises:
-        UserError: the bytes are not a picture file.
-    """
-    try:
-        return Image.open(io.BytesIO(raw))
-    except Image.UnidentifiedImageError as error:  # its own message shows an address in memory
-        raise _not_an_image(where, row, "not a picture file that PIL knows") from error
-    except BROKEN_IMAGE as error:
-        raise _not_an_image(where, row, str(error)) from error
-
-
-def _decoded(image: Image.Image, where: str, row: int) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except BROKEN_IMAGE as error:
-        raise _not_an_image(where, row, str(error)) from error
-
-
-def _not_an_image(where: str, row: int, reason: str) -> UserError:
-    return UserError(f"{where}, row {row} cannot be decoded ({reason}): replace the image or leave the row out.")

@@ -13,9 +13,9 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
 from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_length, check_tokenizer, padding_id
-from privzoo.tasks.columns import content_digest
 from privzoo.tasks.completions import Completions
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.digest import content_digest
 from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.own_data import OwnData
 from privzoo.tasks.prompt_tokens import cut_to, joined, shortened, start_tokens, template_ids

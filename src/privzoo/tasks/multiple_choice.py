@@ -15,8 +15,8 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import Task, pad_right, padding_mask, scoring
 from privzoo.tasks.cells import Column, shown
 from privzoo.tasks.classification import check_max_length, check_tokenizer, padding_id
-from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.digest import content_digest
 from privzoo.tasks.few_shot import FewShot
 from privzoo.tasks.language_modelling import NO_LOSS, row_losses
 from privzoo.tasks.prompt_tokens import joined, start_tokens, template_ids

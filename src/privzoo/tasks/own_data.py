@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from privzoo.errors import UserError
-from privzoo.tasks.cells import Column, shown
-from privzoo.tasks.columns import checked_table, sound_rows
+from privzoo.tasks.cells import RAISE, SKIP, Column, shown
+from privzoo.tasks.columns import checked_or_skipped
+from privzoo.tasks.data import left_out
 from privzoo.tasks.files import OWN_SUFFIXES, read_split
 from privzoo.tasks.units import UNIT
-
-RAISE, SKIP = "raise", "skip"
 
 
 class OwnData:
@@ -88,12 +87,8 @@ class OwnData:
             said.append(
                 f"A unit of privacy is an owner, by the column {self._owner!r}: {cap} of one owner are one contribution."
             )
-        if self._skipped.get("train"):
-            said.append(
-                f"{self._skipped['train']} rows of the file were not what the task expects and were left out "
-                "(data.on_error=skip)."
-            )
-        return " ".join(said) or None
+        said.append(left_out(self._skipped.get("train", 0)) or "")
+        return " ".join(filter(None, said)) or None
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """The rows of "train" or "validation" in the order of the file, with the names that the task gives its columns; of
@@ -136,16 +131,8 @@ class OwnData:
         wanted = list({column.name: column for column in [*columns, *keys]}.values())
         skipped: list[int] | None = [] if self._on_error == SKIP else None
         rows = read_split(path, wanted, skipped)
-        if skipped is None:
-            rows = checked_table(rows, wanted, str(path))
-        else:
-            pieces = sound_rows(rows, wanted, str(path), skipped)
-            if not pieces:
-                raise UserError(
-                    f"{path}: none of {len(skipped)} rows is what the task expects; data.on_error=raise says why."
-                )
-            rows = pa.concat_tables(pieces)
-            self._skipped[split] = len(skipped)
+        rows = checked_or_skipped(rows, wanted, str(path), skipped)
+        self._skipped[split] = len(skipped or ())
         if self._id is not None:
             found, counts = np.unique(np.array(rows[self._id].to_pylist(), dtype=object).astype(str), return_counts=True)
             if counts.max() > 1:

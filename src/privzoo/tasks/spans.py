@@ -12,8 +12,9 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, at_least_float32, pad_right, padding_mask, scoring
 from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_length, check_tokenizer, padding_id
-from privzoo.tasks.columns import content_digest, starts_of
+from privzoo.tasks.columns import starts_of
 from privzoo.tasks.data import HubData
+from privzoo.tasks.digest import content_digest
 from privzoo.tasks.text_scores import SquadScores
 from privzoo.tasks.units import RowsOfUnits
 

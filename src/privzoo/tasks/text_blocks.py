@@ -11,8 +11,8 @@ from privzoo.errors import UserError
 from privzoo.tasks.base import EncodedRows, Task, pad_right, padding_mask, scoring
 from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import ROWS_PER_TOKENIZER_CALL, check_max_length, check_tokenizer, padding_id
-from privzoo.tasks.columns import content_digest
 from privzoo.tasks.data import HubData
+from privzoo.tasks.digest import content_digest
 from privzoo.tasks.language_modelling import NO_LOSS, TokenScores, row_losses
 from privzoo.tasks.prompt_tokens import start_tokens
 from privzoo.tasks.units import UNIT
