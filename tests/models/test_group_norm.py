@@ -112,7 +112,8 @@ def test_end_to_end(method: str, resnet: str, privzoo, tmp_path: Path) -> None:
     targets = ["method.adapter.tuner.target_modules=[convolution]"] if method == "dp_lora" else []
     code, output = privzoo(
         *targets, "task=toy_images", f"method={method}", "model=resnet18", f"model.path={resnet}",
-        "model.replace_batchnorm=true", "eps=8", "batch_size=64", "epochs=0.048", "microbatch_size=64", "trainer.accelerator=cpu", f"output_dir={tmp_path}",
+        "model.replace_batchnorm=true", "eps=8", "batch_size=64", "epochs=0.048", "microbatch_size=64",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert code == 0, output
     (run,) = tmp_path.iterdir()
