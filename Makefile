@@ -45,7 +45,7 @@ check: setup
 tables: setup
 	$(BIN)/python -m privzoo.tables
 
-# One to two hours on a quiet machine; `bench/engine.py only=… variants=… rounds=…` does a part.
+# About two hours on two quiet cores; `bench/engine.py only=… variants=… rounds=…` does a part.
 bench: setup
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/training_step.py

@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from mlflow import MlflowClient
 
 from privzoo.errors import UserError
 from privzoo.judge import judge
@@ -87,6 +88,26 @@ def test_a_busy_judge_is_asked_again(runs, server, monkeypatch):
     with pytest.raises(UserError, match="HTTP 401"):
         judge(str(runs[0]), "j", server.url, count=3, max_new_tokens=8)
     assert len(json.loads((runs[0] / "judge.json").read_text())["rows"]) == 1, "what was graded is kept"
+
+
+def test_means_go_to_mlflow_and_rows_do_not(runs, server, privzoo, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the test's own client
+    good, _ = runs
+    code, output = privzoo(
+        f"run={good}", f"endpoint={server.url}", "model=judge-1", "count=3", "max_new_tokens=8",
+        "mlflow=true", module="privzoo.judge",
+    )  # fmt: skip
+    assert code == 0, output
+    client = MlflowClient(tracking_uri=(good / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("privzoo").experiment_id])
+    assert found.info.run_name == good.name
+    record = json.loads((good / "result.json").read_text())
+    assert found.data.metrics["result/metric/judge_correctness"] == record["metric/judge_correctness"]
+    assert found.data.params["task.name"] == "jsonl"
+    kept = [path.read_text() for path in (good / "mlruns").rglob("*") if path.is_file()]
+    assert kept
+    assert not any("Quill" in text for text in kept)
 
 
 def test_a_reply_without_grades_is_counted(runs, server):

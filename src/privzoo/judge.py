@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,6 +29,7 @@ from privzoo.errors import UserError, first_line
 from privzoo.files import write_json
 from privzoo.finished import Finished, load_finished
 from privzoo.results import write_record
+from privzoo.run_loggers.mlflow_logger import MlflowLogger
 
 ARGUMENTS = {
     "run": "a run folder that train has finished",
@@ -37,6 +39,7 @@ ARGUMENTS = {
     "count": "prompts to be answered and graded (default 50)",
     "seed": "of their choice (default 0)",
     "max_new_tokens": "of an answer (default 64)",
+    "mlflow": "true: mean grades go to the run's MLflow (MLFLOW_TRACKING_URI, else in the run folder)",
     "send": "true: validation rows may leave this machine for the endpoint's",
 }
 GRADES = ("correctness", "similarity")
@@ -59,6 +62,7 @@ def judge(
     seed: int = 0,
     max_new_tokens: int = 64,
     send: bool = False,
+    mlflow: bool = False,
 ) -> dict[str, Any]:
     """The content of judge.json: mean grades, how many answers got none, and each row with its grades.
 
@@ -68,7 +72,7 @@ def judge(
         rest: as in `ARGUMENTS`.
     Raises:
         UserError: for an argument out of range, a run that answers no prompts, an endpoint that is elsewhere without
-            `send`, or that cannot be reached.
+            `send`, or that cannot be reached; with `mlflow`, if MLflow cannot be had.
     """
     for name, value in (("count", count), ("max_new_tokens", max_new_tokens)):
         if type(value) is not int or value < 1:
@@ -85,6 +89,7 @@ def judge(
         raise UserError(
             f"{run} is a run of task={finished.record.task}, which answers no prompts: there is nothing to judge."
         )
+    to_mlflow = _mlflow(finished, Path(run)) if mlflow else None
     ask = _endpoint(endpoint, model, os.environ.get(key_env)) if endpoint is not None else _local(model)
     rows = _answers(finished, count, seed, max_new_tokens)
     found: dict[str, Any] = {"judge": model, "endpoint": endpoint, "seed": seed, "rows": []}
@@ -96,8 +101,19 @@ def judge(
             write_json(Path(run) / "judge.json", found | _summary(found["rows"]))
     found |= _summary(found["rows"])
     means = {f"judge_{name}": found[name] for name in GRADES if found[name] is not None}
-    write_record(Path(run), replace(finished.record, metrics={**finished.record.metrics, **means}))
+    record = replace(finished.record, metrics={**finished.record.metrics, **means})
+    write_record(Path(run), record)
+    if to_mlflow is not None:
+        to_mlflow.finish(record.to_json())
     return found
+
+
+def _mlflow(finished: Finished, folder: Path) -> MlflowLogger:
+    """The MLflow run of a run folder: means go there, rows with their texts do not."""
+    settings = OmegaConf.to_container(finished.cfg, resolve=True)
+    assert isinstance(settings, dict)
+    plain = {str(key): value for key, value in settings.items()}
+    return MlflowLogger(folder, plain, **plain["logger"].get("mlflow", {}))
 
 
 def _answers(finished: Finished, count: int, seed: int, max_new_tokens: int) -> list[dict[str, str]]:
@@ -201,9 +217,10 @@ def main() -> None:
             if key in given and not given[key].isdecimal():
                 raise UserError(f"Expected {key}={given[key]} to be a whole number.")
             given |= {key: int(given[key])} if key in given else {}
-        if given.get("send", "false") not in ("true", "false"):
-            raise UserError(f"Expected send={given['send']} to be true or false.")
-        found = judge(**(given | {"send": given.get("send") == "true"}))
+        for key in ("send", "mlflow"):
+            if given.setdefault(key, "false") not in ("true", "false"):
+                raise UserError(f"Expected {key}={given[key]} to be true or false.")
+        found = judge(**(given | {key: given[key] == "true" for key in ("send", "mlflow")}))
         print(f"{found['graded']} answers graded by {found['judge']}, {found['without_a_grade']} without a grade")
         table = Table()
         for column in ("grade", "mean", "1", "2", "3", "4", "5"):
