@@ -291,3 +291,75 @@ def test_pictures_that_are_no_pictures_or_cut_short_are_skipped(source, folder, 
     assert task.selection.startswith("2 rows of the file")
     with pytest.raises(UserError, match=r"row 1 cannot be decoded \(not a picture file"):
         ImageClassification("t", source, "img", "y", 3).load(root)
+
+
+def test_resizing_on_the_device_does_what_the_processor_does(source, folder):
+    """But for PIL's rounding, and its clipping between two bicubic passes, which noise would show, and pictures do not."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 12, 20, 3), dtype=np.uint8)
+    smooth = np.asarray([Image.fromarray(each).resize((40, 24), Image.Resampling.BICUBIC) for each in noise])
+    bilinear, bicubic = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+    small = noise[:, :5, :6]
+    for images, resample, most in ((noise, bilinear, 2), (small, bilinear, 2), (smooth, bilinear, 2), (smooth, bicubic, 3)):
+        rows = {"img": cells(map(png, images)), "y": [0, 1, 2]}
+        root = folder(train=rows, validation=rows)
+        processor = ViTImageProcessorPil(
+            size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6], image_std=[0.25, 0.5, 0.2], resample=resample
+        )
+        made = {}
+        for where in ("host", "device"):
+            task = ImageClassification("t", source, "img", "y", 3, resize=where)
+            task.load(root)
+            task.prepare(processor)
+            made[where] = task._ready(task.collate([task.train[i] for i in range(3)]))["pixel_values"]
+        assert made["device"].shape == (3, 3, 8, 8)
+        steps = (made["device"] - made["host"]).abs() * 255 * torch.tensor([0.25, 0.5, 0.2]).view(1, 3, 1, 1)
+        assert steps.max() < most
+        assert steps.median() < 1
+
+
+def test_training_by_images_that_are_resized_on_the_device(source, folder, processor, vit):
+    """What the loss and the metrics see is resized, and a row hangs on itself alone."""
+    rows = {"img": cells(map(png, PIXELS)), "y": LABELS}
+    root = folder(train=rows, validation=rows)
+    losses, scores = {}, {}
+    for where in ("host", "device"):
+        task = ImageClassification("t", source, "img", "y", 3, resize=where)
+        task.load(root)
+        task.prepare(processor)
+        batch = task.collate([task.train[i] for i in range(5)])
+        losses[where] = task.losses(vit.float(), batch)
+        scores[where] = task.evaluate(vit, [task.collate([task.validation[i]]) for i in range(5)])
+    torch.testing.assert_close(losses["device"], losses["host"], rtol=1e-5, atol=1e-6)  # 8 x 8 as they are
+    assert scores["device"] == pytest.approx(scores["host"], rel=1e-5)
+
+
+def test_images_of_several_sizes_need_the_host(source, folder, processor):
+    rows = {"img": cells([png(PIXELS[0]), png(PIXELS[1, :6])]), "y": [0, 1]}
+    task = ImageClassification("t", source, "img", "y", 3, resize="device")
+    task.load(folder(train=rows, validation=rows))
+    task.prepare(processor)
+    with pytest.raises(UserError, match=r"images of 8 x 6 and 8 x 8 pixels, expected one size for task\.resize=device"):
+        task.collate([task.train[0], task.train[1]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": {"shortest_edge": 8}}, "size={'shortest_edge': 8}"),
+        ({"do_resize": False}, "do_resize=false"),
+        ({"resample": Image.Resampling.LANCZOS}, "resample=1"),
+    ],
+)
+def test_processors_that_do_something_else_need_the_host(source, folder, processor, changes, words):
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    task = ImageClassification("t", source, "img", "y", 3, resize="device")
+    rows = {"img": cells(map(png, PIXELS)), "y": LABELS}
+    task.load(folder(train=rows, validation=rows))
+    with pytest.raises(UserError, match=words):
+        task.prepare(processor)
+
+
+def test_another_place_to_resize_than_host_and_device(source):
+    with pytest.raises(UserError, match=r"Unknown task\.resize=gpu: expected host or device"):
+        ImageClassification("t", source, "img", "y", 3, resize="gpu")

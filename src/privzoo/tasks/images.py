@@ -17,6 +17,7 @@ from privzoo.tasks.classification import class_logits, class_losses, evaluate_cl
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.digest import content_digest
 from privzoo.tasks.pictures import decoded, open_image
+from privzoo.tasks.resizing import OnDevice
 from privzoo.tasks.units import RowsOfUnits
 
 
@@ -37,6 +38,8 @@ class ImageClassification(Task):
         num_labels: number of classes or of such columns, at least 2.
         views: of each training image.
         label_names: the classes in words.
+        resize: "host" runs the model's image processor on every image when it is asked for; "device" sends images of one
+            size as they are, and does the same to a whole micro-batch where the model is (see `OnDevice`).
     """
 
     kind = "image_classification"
@@ -53,6 +56,7 @@ class ImageClassification(Task):
         num_labels: int,
         views: int = 1,
         label_names: Sequence[str] | None = None,
+        resize: str = "host",
     ):
         if num_labels < 2:
             raise UserError(f"task.num_labels={num_labels}, expected at least 2: correct the task's yaml.")
@@ -60,6 +64,10 @@ class ImageClassification(Task):
             raise UserError(f"task.label names {len(label)} columns, expected num_labels={num_labels}: add or drop names.")
         if type(views) is not int or views < 1:
             raise UserError(f"Expected task.views={views} to be a whole number of at least 1.")
+        if resize not in ("host", "device"):
+            raise UserError(f"Unknown task.resize={resize}: expected host or device.")
+        self._resize = resize
+        self._on_device: OnDevice | None = None
         self.name, self.num_labels, self._views = name, num_labels, views
         self.label_names = list(label_names) if label_names is not None else None
         self._data, self._image, self._label = data, image, label if isinstance(label, str) else list(label)
@@ -76,7 +84,8 @@ class ImageClassification(Task):
         self.selection = self._data.selection
 
     def fingerprint(self) -> str:
-        return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label} {self._views}")
+        where = "" if self._resize == "host" else f" {self._resize}"
+        return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label} {self._views}{where}")
 
     def prepare(self, processor) -> None:
         """Images are decoded when they are asked for; raises UserError for a model without an image processor."""
@@ -85,9 +94,11 @@ class ImageClassification(Task):
                 f"the model has no image processor, but task {self.name} reads images: put its "
                 f"preprocessor_config.json beside the model, or choose another model."
             )
+        self._on_device = OnDevice.as_by(processor) if self._resize == "device" else None
+        to_size = None if self._on_device else processor
         self.train, self.validation = (
             ImageRows(
-                table[self._image], self._labels(table), processor, f"{self.name} ({split} split)",
+                table[self._image], self._labels(table), to_size, f"{self.name} ({split} split)",
                 self._views if split == "train" else 1,
             )
             for split, table in self._tables.items()
@@ -113,18 +124,34 @@ class ImageClassification(Task):
         return list(range(len(rows)))
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """pixel_values: float32 (R, 3, height, width); labels: (R,), or float32 (R, labels)."""
+        """pixel_values: float32 (R, 3, height, width), or uint8 of the images' own size; labels: (R,), or float32
+        (R, labels).
+
+        Raises:
+            UserError: images that are to be resized together are of different sizes.
+        """
+        shapes = {row["pixel_values"].shape for row in rows}
+        if len(shapes) > 1:
+            sizes = " and ".join(sorted(f"{width} x {height}" for _, height, width in shapes)[:2])
+            raise UserError(
+                f"{self.name}: images of {sizes} pixels, expected one size for task.resize=device: set it to host."
+            )
         stacked = {"pixel_values": "pixel_values", "labels": "label"}
         return {name: torch.from_numpy(np.stack([row[key] for row in rows])) for name, key in stacked.items()}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Of training rows: a view's share in the mean over the views of its image."""
         losses = class_losses if isinstance(self._label, str) else attribute_losses
-        return losses(class_logits(model, batch), batch) / self._views
+        return losses(class_logits(model, self._ready(batch)), batch) / self._views
+
+    def _ready(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as the model takes it."""
+        return batch if self._on_device is None else batch | {"pixel_values": self._on_device(batch["pixel_values"])}
 
     def evaluate(self, model: torch.nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """accuracy (over all rows and labels), and the mean loss of a row."""
-        return evaluate_classes(model, loader)[0] if isinstance(self._label, str) else evaluate_attributes(model, loader)
+        ready = map(self._ready, loader)
+        return evaluate_classes(model, ready)[0] if isinstance(self._label, str) else evaluate_attributes(model, ready)
 
 
 def attribute_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -157,7 +184,8 @@ class ImageRows(Sequence[dict]):
         return len(self._labels) * self._views
 
     def __getitem__(self, index):
-        """pixel_values: float32 array (3, height, width); label: a number, or float32 (labels,).
+        """pixel_values: float32 array (3, height, width), or without a processor uint8 as in the image; label: a number, or
+        float32 (labels,).
 
         Raises:
             UserError: the image cannot be decoded.
@@ -174,6 +202,8 @@ class ImageRows(Sequence[dict]):
             image = decoded(open_image(cell.as_buffer(), self._where, index), self._where, index)
         if view:
             image = changed(image, _view_stream(raw, view))
+        if self._processor is None:
+            return {"pixel_values": np.asarray(image).transpose(2, 0, 1), "label": self._labels[index]}
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
         return {"pixel_values": np.asarray(pixels, dtype=np.float32), "label": self._labels[index]}
 
