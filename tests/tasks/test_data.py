@@ -217,3 +217,18 @@ def test_rows_without_a_label_are_left_out_and_not_counted(tmp_path):
 def test_another_way_than_raise_and_skip():
     with pytest.raises(UserError, match=r"data\.on_error=ignore to be raise or skip"):
         replace(SKIPPING, on_error="ignore")
+
+
+def test_rows_of_a_csv_that_are_not_utf8_are_skipped_alone(tmp_path):
+    """Text, label or key: another row's bytes do not matter."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.csv").write_bytes(
+        b"sentence,label,owner\ngood 0,0,a\nb\xe9d,1,b\ngood 1,1,c\nwell,\xff,d\nok,0,\xfe\ngood 2,0,e\n"
+    )
+    columns = [*COLUMNS, Column("owner", "key")]
+    source = replace(SKIPPING)
+    found = source.load("train", columns, str(tmp_path)).to_pylist()
+    assert found == [row | {"owner": owner} for row, owner in zip(GOOD, "ace", strict=False)]
+    assert source.selection.startswith("3 rows of the file")
+    with pytest.raises(UserError, match=r"train\.csv, line 3 is not UTF-8"):
+        replace(SKIPPING, on_error="raise").load("train", columns, str(tmp_path))

@@ -201,7 +201,8 @@ def _skip(skipped: list[int], row: pyarrow.csv.InvalidRow) -> str:
 def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     names = [column.name for column in columns]
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        # To be skipped, a cell that is not UTF-8 must be read first; the checks find it.
+        with path.open(encoding="utf-8-sig", newline="", errors="strict" if skipped is None else "replace") as file:
             header = next(csv.reader(file), [])
         require_columns(header, columns, str(path))
         if path.read_bytes().count(b'"') % 2:  # all that follows would be one cell
@@ -214,6 +215,7 @@ def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) 
                 newlines_in_values=True, invalid_row_handler=None if skipped is None else partial(_skip, skipped)
             ),
             convert_options=pyarrow.csv.ConvertOptions(
+                check_utf8=skipped is None,
                 include_columns=names,
                 column_types=dict.fromkeys(names, pa.large_string()),
                 null_values=[""],
