@@ -106,9 +106,9 @@ METHODS = ("dp_full", "dp_lora", "dp_bitfit", "dpzero")
 )
 def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     """Three releases by the command line, and every metric in the record."""
-    chosen = few(path, 8)
+    chosen = few(path, 6)
     task, node = read(path, **chosen)
-    write_hub_files(node, tmp_path / "data", rows=80)
+    write_hub_files(node, tmp_path / "data", rows=48)
     task.load(str(tmp_path / "data"))
     code, output = privzoo(
         f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
