@@ -144,15 +144,26 @@ def check_the_contract(task):
 
 
 def check_rows_are_independent(task, model):
-    """Every row's loss in a micro-batch is its loss alone; float64."""
+    """PRIVACY 7, 8 and 33: every row's loss and gradient in a micro-batch are its own alone, whatever stands beside it and
+    however far it is padded; float64."""
     rows = [task.train[i] for i in range(6)]
     batch = as_double(task.collate(rows))
     assert {len(values) for values in batch.values()} == {6}
-    with torch.no_grad():
-        together = task.losses(model, batch)
-        alone = torch.cat([task.losses(model, as_double(task.collate([row]))) for row in rows])
+    together = task.losses(model, batch)
+    alone = torch.cat([task.losses(model, as_double(task.collate([row]))) for row in rows])
     assert together.shape == (6,)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    for row in (0, 5):
+        found, expected = (gradient_of(losses[row], model) for losses in (together, alone))
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * max(1, float(expected.abs().max())))
+
+
+def gradient_of(loss, model):
+    """Over all parameters, in one row."""
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)])
 
 
 def as_double(batch):
