@@ -201,6 +201,14 @@ def test_build_leaves_out_what_the_configuration_alone_reads():
     assert str(made) == "3/4"
 
 
+def test_what_is_built_holds_plain_lists(run_config):
+    """peft saves the names of its targets as JSON, after the last release."""
+    cfg = run_config("task=toy_text", "method=dp_lora", "method.adapter.targets=[query,key]")
+    adapter = build(cfg.method).keywords["adapter"]
+    assert type(adapter.keywords["targets"]) is list
+    assert adapter.keywords["targets"] == ["query", "key"]
+
+
 def test_build_finds_a_wrong_keyword_of_a_function_to_call_later():
     with pytest.raises(UserError, match="no argument 'denominatr'"):
         build(node(_target_="fractions.Fraction", _partial_=True, denominatr=1))

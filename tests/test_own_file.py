@@ -64,13 +64,39 @@ def test_a_yaml_outside_and_labels_by_name(file, tmp_path, privzoo):
     assert "one example of the" in card["statement"]
 
 
+@pytest.mark.parametrize("task", ["sst2", "sst2_1k"])
+def test_rows_of_a_published_set_are_skipped_and_the_card_says_so(task, privzoo, tmp_path):
+    """By the command line; without data.on_error=skip the file and the row are named."""
+    (tmp_path / "sst2").mkdir()
+    rows = [{"sentence": f"a film of {i} parts", "label": i % 2} for i in range(60)]
+    for split in ("train", "validation"):
+        lines = [json.dumps(row) for row in (rows if split == "train" else rows[::-1])]
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text(
+            "\n".join([*lines[:30], '{"sentence": "odd", "label": 7}', *lines[30:]])
+        )
+    argv = [
+        f"task={task}", "method=dp_head", "model=tiny_encoder", "model.pooling=null", "eps=8", "delta=1e-3", "batch_size=10",
+        "epochs=0.5", "task.max_length=32", f"data_root={tmp_path}", f"output_dir={tmp_path}/runs",
+        "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    argv += ["task.data.rows=40"] if task == "sst2_1k" else []
+    code, output = privzoo(*argv)
+    assert code == 2
+    assert "sst2/train.jsonl, row 30: 'label' is 7" in output
+    code, output = privzoo(*argv, "data.on_error=skip")
+    assert code == 0, output
+    _, card = result(tmp_path / "runs")
+    said = "1 rows of train and 1 rows of validation were not what the task expects"
+    assert any(said in limit for limit in card["limits"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["task=jsonl"], "data.path=<file> beside task=jsonl"),
         (["task=jsonl", "data.path=/no/such.jsonl"], "data.path=/no/such.jsonl to be a file"),
         (["task=toy_text", "data.path=x.jsonl"], "to be null for task=toy_text"),
-        (["task=toy_text", "data.on_error=skip"], "task=jsonl alone can skip rows"),
+        (["task=toy_text", "data.on_error=skip"], "its data cannot skip rows"),
         (["task=jsonl", "data.on_error=ignore"], "data.on_error=ignore"),
         (["task=jsonl", "data.pth=x"], "did you mean 'data.path'?"),
     ],

@@ -151,7 +151,7 @@ def build(node: DictConfig, **keywords: Any) -> Any:
     """
     content: Any = OmegaConf.to_container(node, resolve=True)
     arguments = {k: v for k, v in content.items() if not k.startswith("default_") and k not in _CONFIGURATION_ALONE}
-    made = instantiate(arguments, **keywords)
+    made = instantiate(arguments, _convert_="all", **keywords)  # a list of omegaconf's own kind cannot be saved as JSON
     _check_keywords(made)
     return made
 

@@ -106,6 +106,7 @@ def validate(cfg: DictConfig) -> None:
     _check_trainer(cfg)
     _check_one_of(cfg, "logger.private", (True, False))
     _check_own_data(cfg)
+    _check_replaced(cfg)
     _check_paths(cfg)
 
 
@@ -233,14 +234,32 @@ def _check_own_data(cfg: DictConfig) -> None:
         raise UserError(
             f"Expected data.path={cfg.data.path} to be null for task={cfg.choices.task}: task=jsonl reads a file."
         )
-    if not reads_files and cfg.data.on_error != "raise":
-        raise UserError(f"Expected data.on_error=raise for task={cfg.choices.task}: task=jsonl alone can skip rows.")
+    source = cfg.task.get("data") or {}
+    if cfg.data.on_error != "raise" and "on_error" not in source and "on_error" not in (source.get("source") or {}):
+        raise UserError(
+            f"Expected data.on_error=raise for task={cfg.choices.task}: its data cannot skip rows; in a task of your own, "
+            "its data need a line on_error: ${data.on_error}."
+        )
     if reads_files and cfg.task.data.path is None:
         raise UserError(f"Expected data.path=<file> beside task={cfg.choices.task}: it reads a file of your own.")
     for key in ("path", "validation_path"):
         path = cfg.task.data.get(key) if reads_files else None
         if path is not None and not Path(str(path)).expanduser().is_file():
             raise UserError(f"Expected data.{key}={path} to be a file: it does not exist.")
+
+
+def _check_replaced(cfg: DictConfig) -> None:
+    """An adapter names its base alone: loaded from there, it would stand beside batch norms again."""
+    if not cfg.model.get("replace_batchnorm"):
+        return
+    if cfg.method.get("add_bias"):
+        _refuse(
+            "method.add_bias", True, "false beside model.replace_batchnorm=true", "its adapter would be put on batch norms"
+        )
+    if cfg.method.get("adapter") is not None and not cfg.method.get("merge"):
+        _refuse(
+            "method.merge", False, "true beside model.replace_batchnorm=true", "an adapter alone would be put on batch norms"
+        )
 
 
 def _check_paths(cfg: DictConfig) -> None:

@@ -66,6 +66,7 @@ def run(folder: RunFolder) -> RunRecord:
         names: Any = loaded.model.config
         names.id2label = dict(enumerate(task.label_names))
         names.label2id = {name: number for number, name in names.id2label.items()}
+        names.problem_type = task.problem_type or names.problem_type
     if not folder.is_new:
         return _train(folder, task, plan, loaded)
     seed = cfg.privacy.noise_seed

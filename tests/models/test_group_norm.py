@@ -73,6 +73,12 @@ def test_an_image_alone_and_among_others(resnet: str) -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
+def test_in_half_precision(resnet: str) -> None:
+    loaded = load(resnet, "image_classification", 3, dtype="bfloat16", replace_batchnorm=True)
+    whole = replaced(resnet).model(pixel_values=IMAGES).logits
+    torch.testing.assert_close(loaded.model(pixel_values=IMAGES).logits.float(), whole, rtol=0.1, atol=0.1)
+
+
 def test_its_clipped_sums_are_those_of_the_definition(resnet: str) -> None:
     model = replaced(resnet).model.double()
 
@@ -109,7 +115,7 @@ def test_transformers_loads_it_without_privzoo(resnet: str, tmp_path: Path, monk
 )
 def test_end_to_end(method: str, resnet: str, privzoo, tmp_path: Path) -> None:
     """Three releases, and the saved model scores as it did."""
-    targets = ["method.adapter.tuner.target_modules=[convolution]"] if method == "dp_lora" else []
+    targets = ["method.adapter.targets=[convolution]", "method.merge=true"] if method == "dp_lora" else []
     code, output = privzoo(
         *targets, "task=toy_images", f"method={method}", "model=resnet18", f"model.path={resnet}",
         "model.replace_batchnorm=true", "eps=8", "batch_size=64", "epochs=0.048", "microbatch_size=64",
@@ -124,6 +130,22 @@ def test_end_to_end(method: str, resnet: str, privzoo, tmp_path: Path) -> None:
     row = next(line for line in output.splitlines() if "accuracy" in line)
     now, before = (float(cell) for cell in row.strip("│ ").split("│")[1:])
     assert now == before == pytest.approx(record["metric/accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["method=dp_lora"], "method.merge=False to be true beside model.replace_batchnorm=true"),
+        (["method=dp_bitfit", "method.add_bias=true"], "method.add_bias=True to be false"),
+    ],
+)
+def test_an_adapter_alone_would_be_put_on_batch_norms(argv, words, resnet: str, privzoo, tmp_path: Path) -> None:
+    code, output = privzoo(
+        *argv, "task=toy_images", "model=resnet18", f"model.path={resnet}", "model.replace_batchnorm=true", "eps=8",
+        f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert code == 2
+    assert words in output
 
 
 def test_without_the_request_a_run_ends_before_it_begins(resnet: str, privzoo, tmp_path: Path) -> None:

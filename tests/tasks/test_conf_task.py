@@ -124,6 +124,8 @@ def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     record = json.loads((run / "result.json").read_text())
     assert (record["state"], record["steps"]) == ("finished", 3)
     assert {f"metric/{name}" for name in task.metrics} <= record.keys()
+    if task.problem_type is not None:
+        assert json.loads((run / "model" / "config.json").read_text())["problem_type"] == task.problem_type
 
 
 def check_the_contract(task):

@@ -191,11 +191,11 @@ def test_skipped_rows_are_counted_and_the_card_says_so(tmp_path, suffix):
     source = replace(SKIPPING)
     assert source.selection is None
     assert source.load("train", COLUMNS, str(tmp_path)).to_pylist() == GOOD
-    assert source.selection == "3 rows of the file were not what the task expects and were left out (data.on_error=skip)."
+    assert source.selection == "3 rows of train were not what the task expects and were left out (data.on_error=skip)."
     few = FewShot(replace(SKIPPING), 4, 0)
     assert few.load("train", COLUMNS, str(tmp_path)).num_rows == 8
     assert "4 rows of each class" in few.selection
-    assert "3 rows of the file" in few.selection
+    assert "3 rows of train" in few.selection
 
 
 def test_a_file_of_which_nothing_is_left(tmp_path):
@@ -211,7 +211,7 @@ def test_rows_without_a_label_are_left_out_and_not_counted(tmp_path):
     source = replace(SKIPPING)
     table = source.load("train", [COLUMNS[0], Column("label", "label", 2, unlabelled=-1)], str(tmp_path))
     assert table.to_pylist() == GOOD
-    assert source.selection.startswith("1 rows of the file")
+    assert source.selection.startswith("1 rows of train")
 
 
 def test_another_way_than_raise_and_skip():
@@ -223,12 +223,12 @@ def test_rows_of_a_csv_that_are_not_utf8_are_skipped_alone(tmp_path):
     """Text, label or key: another row's bytes do not matter."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.csv").write_bytes(
-        b"sentence,label,owner\ngood 0,0,a\nb\xe9d,1,b\ngood 1,1,c\nwell,\xff,d\nok,0,\xfe\ngood 2,0,e\n"
+        b"sentence,label,owner\ngood 0,0,a\nb\xe9d,1,b\ngood 1,1,c\nwell,\xff,d\nok,0,\xfe\ngood 2,0,e\nt\xe9o, many,1,f\n"
     )
     columns = [*COLUMNS, Column("owner", "key")]
     source = replace(SKIPPING)
     found = source.load("train", columns, str(tmp_path)).to_pylist()
     assert found == [row | {"owner": owner} for row, owner in zip(GOOD, "ace", strict=False)]
-    assert source.selection.startswith("3 rows of the file")
+    assert source.selection.startswith("4 rows of train")
     with pytest.raises(UserError, match=r"train\.csv, line 3 is not UTF-8"):
         replace(SKIPPING, on_error="raise").load("train", columns, str(tmp_path))

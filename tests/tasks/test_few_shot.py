@@ -67,13 +67,15 @@ def test_one_label_is_needed(columns, monkeypatch) -> None:
         (0, {}, r"per_class=0, expected a whole number of at least 1"),
         (None, {"rows": 0}, r"rows=0"),
         (1, {"test_rows": 0}, r"test_rows=0"),
+        (1, {"seed": -1}, r"seed=-1, expected a whole number of at least 0"),
+        (1, {"seed": None}, r"seed=None"),
         (1, {"rows": 5}, r"per_class=1 and rows=5, expected one: set the other to null"),
         (None, {}, r"per_class=None and rows=None"),
     ],
 )
 def test_numbers_that_choose_nothing_or_twice_are_refused(per_class, changes, words) -> None:
     with pytest.raises(UserError, match=words):
-        FewShot(TOY, per_class, 0, **changes)
+        FewShot(TOY, per_class, **{"seed": 0} | changes)
 
 
 def test_so_many_rows_of_all_classes() -> None:
@@ -96,6 +98,19 @@ def test_so_many_test_rows() -> None:
     assert set(found["text"].to_pylist()) <= set(whole["text"].to_pylist())
     assert found["text"].to_pylist() != whole["text"].to_pylist()[:50]
     assert FewShot(TOY, 1, 42, test_rows=10**6).load("validation", COLUMNS, None).equals(whole)
+
+
+@pytest.mark.parametrize("changes", [{"per_class": 4}, {"per_class": None, "rows": 5, "test_rows": 5}])
+def test_the_train_split_under_another_name_is_refused(changes, tmp_path) -> None:
+    """Whatever rows of it are selected."""
+    (tmp_path / "mine").mkdir()
+    lines = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(20)]
+    for name in ("train", "test"):
+        (tmp_path / "mine" / f"{name}.jsonl").write_text("\n".join(lines))
+    few = FewShot(HubData("mine", None, "mine", {"train": "train", "validation": "test"}), seed=0, **changes)
+    few.load("train", COLUMNS, str(tmp_path))
+    with pytest.raises(UserError, match="train and validation are the same 20 rows"):
+        few.load("validation", COLUMNS, str(tmp_path))
 
 
 def test_a_class_that_has_fewer(tmp_path) -> None:

@@ -270,6 +270,8 @@ def test_attributes_that_are_no_truth_values(faces, changes, words):
 def test_attributes_and_their_number(source):
     with pytest.raises(UserError, match=r"task\.label names 2 columns, expected num_labels=3"):
         ImageClassification("t", source, "img", ["bald", "young"], 3)
+    with pytest.raises(UserError, match=r"task\.label names a column twice"):
+        ImageClassification("t", source, "img", ["bald", "young", "bald"], 3)
 
 
 def test_one_attribute_changes_the_fingerprint(faces):
@@ -288,7 +290,7 @@ def test_pictures_that_are_no_pictures_or_cut_short_are_skipped(source, folder, 
     task.prepare(processor)
     assert task.num_examples == 2
     assert [task.train[i]["label"] for i in range(2)] == [0, 1]
-    assert task.selection.startswith("2 rows of the file")
+    assert task.selection.startswith("2 rows of train")
     with pytest.raises(UserError, match=r"row 1 cannot be decoded \(not a picture file"):
         ImageClassification("t", source, "img", "y", 3).load(root)
 
@@ -337,9 +339,10 @@ def test_images_of_several_sizes_need_the_host(source, folder, processor):
     rows = {"img": cells([png(PIXELS[0]), png(PIXELS[1, :6])]), "y": [0, 1]}
     task = ImageClassification("t", source, "img", "y", 3, resize="device")
     task.load(folder(train=rows, validation=rows))
-    task.prepare(processor)
-    with pytest.raises(UserError, match=r"images of 8 x 6 and 8 x 8 pixels, expected one size for task\.resize=device"):
-        task.collate([task.train[0], task.train[1]])
+    with pytest.raises(
+        UserError, match=r"row 1: an image of 8 x 6 pixels, expected 8 x 8 as in row 0 for task\.resize=device"
+    ):
+        task.prepare(processor)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from privzoo.errors import UserError
 from privzoo.tasks.multiple_choice import MultipleChoice
+from privzoo.tasks.splits import refuse_same_rows
 
 ROWS = {
     "premise": ["w1 w2", "w3", "w4 w5 w6", "w7"],
@@ -70,14 +71,14 @@ def test_the_right_candidate_alone_is_learned(ready, gpt, gpt_tokenizer):
 
 def test_a_row_too_long_loses_the_beginning_of_its_prompt(ready, gpt_tokenizer):
     row = ready(max_length=4).validation[2]
-    texts = [gpt_tokenizer.decode(ids) for ids in row["candidates"]]
+    texts = [gpt_tokenizer.decode(each["input_ids"]) for each in row["choices"]]
     assert texts == ["w6 w9 w14 w15", "w5 w6 w9 w21"]
-    assert row["context"] == [2, 3]
+    assert [each["context"] for each in row["choices"]] == [2, 3]
 
 
 def test_a_start_token_stays(ready, bos_tokenizer):
     row = ready(processor=bos_tokenizer, max_length=5).validation[0]
-    assert [bos_tokenizer.decode(ids) for ids in row["candidates"]] == ["<s> w1 w2 w8 w10", "<s> w8 w17 w18 w19"]
+    assert [bos_tokenizer.decode(each["input_ids"]) for each in row["choices"]] == ["<s> w1 w2 w8 w10", "<s> w8 w17 w18 w19"]
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,21 @@ def test_what_shapes_the_rows_changes_the_fingerprint(ready):
     changes = ({}, {"prompt": "{question} {premise}"}, {"max_length": 15}, {"candidates": CANDIDATES[::-1]},
                {"words": {"question": {"cause": "w8", "effect": "w8"}}})  # fmt: skip
     assert len({ready(**each).fingerprint() for each in changes}) == 5
+
+
+def test_words_of_a_column_that_no_template_reads(ready):
+    with pytest.raises(UserError, match=r"task\.words names 'qestion', which no template reads: they read choice1, choice2"):
+        ready(words={"qestion": {}})
+
+
+def test_a_prompt_without_a_token_is_refused(ready):
+    """Its first candidate token could not be scored, and a candidate of one token would always win."""
+    with pytest.raises(UserError, match=r"train split\), row 1: its prompt has no token to go on from"):
+        ready(ROWS | {"premise": ["w1", "", "w2", "w3"]}, prompt="{premise}", words=None)
+
+
+def test_training_rows_are_recognised_in_validation(ready):
+    """One file under two names is refused, though a training row has one candidate and a validation row has all."""
+    task = ready()
+    with pytest.raises(UserError, match="train and validation are the same 4 rows"):
+        refuse_same_rows(task.train, task.validation)

@@ -133,7 +133,7 @@ def test_a_long_question_leaves_room(ready):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row("w5 w6", "w7", 3), "row 1: an answer of 2 characters is not at character 3 of the context"),
+        (row("w5 w6", "w7", 3), "row 1: an answer of 2 characters is not at character 3 of 'context'"),
         (row("w5 w6", "w6", -2), "row 1: an answer of 2 characters is not at character -2"),
         (row("w5 w6", "", 3), "row 1: an answer of 0 characters"),
         (row("w5 w6", "w6", 3) | {"answers": {"text": ["w6"], "answer_start": []}}, "row 1: 'answers' has texts and places"),

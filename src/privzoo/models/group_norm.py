@@ -5,8 +5,9 @@ The file needs torch and transformers only. It is saved beside the weights, so t
 """
 
 import math
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
@@ -14,6 +15,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 GROUPS = 32  # Wu and He 2018; fewer where a layer has fewer channels
 
@@ -40,6 +42,10 @@ class GroupNormResNet(ResNetForImageClassification):
                 if isinstance(child, nn.BatchNorm2d):
                     channels = child.num_features
                     setattr(module, name, nn.GroupNorm(math.gcd(GROUPS, channels), channels, child.eps))
+
+    def forward(self, pixel_values: Tensor, **inputs: Any) -> ImageClassifierOutputWithNoAttention:
+        """As a ResNet, and in the model's own precision."""
+        return super().forward(pixel_values.to(self.dtype), **inputs)
 
 
 def has_batchnorm(model: nn.Module) -> bool:

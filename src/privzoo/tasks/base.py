@@ -24,6 +24,7 @@ class Task(ABC):
         kind: the kind of model, see `privzoo.models.loading.load`.
         num_labels: number of classes, None where there are none.
         label_names: the classes in words, None where they have none; the saved model's configuration holds them.
+        problem_type: what transformers calls it, for the saved model's configuration; None: what it takes by default.
         metrics: the names that `evaluate` returns, the headline first.
         higher_is_better: of the headline metric.
         num_examples: N, the number of units of privacy in the train split; known after `load`.
@@ -43,6 +44,7 @@ class Task(ABC):
     num_examples: int
     selection: str | None = None
     note: str | None = None
+    problem_type: str | None = None
     unit: str = "example"
     rows_of_unit: Sequence[Sequence[int]] | None = None
     label_names: Sequence[str] | None = None

@@ -16,7 +16,8 @@ class Column:
     """A column of a task's table: its name, what it holds, and for a label the number of classes.
 
     Attributes:
-        names: of the classes, where a label column may hold them in place of numbers.
+        names: of the classes, where a label column may hold them in place of numbers; of a text, all that it may be.
+        within: of spans, the column of texts in which each stands where it says.
         empty: whether a text may be blank.
         whole: whether an image counts as sound only once it is decoded, and not by its header alone.
         unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
@@ -30,6 +31,7 @@ class Column:
     names: tuple[str, ...] = ()
     empty: bool = True
     whole: bool = False
+    within: str | None = None
 
     def takes(self, label: int) -> bool:
         """Whether a label column may hold this integer."""
@@ -56,6 +58,14 @@ def bad_flag(where: str, row: int, value: object, column: Column) -> UserError:
     """The error for a cell that is no truth value; to be raised by the caller."""
     return UserError(
         f"{where}, row {row}: {column.name!r} is {shown(value)}, expected true, false, 0 or 1: correct the row."
+    )
+
+
+def not_a_choice(where: str, row: int, value: object, column: Column) -> UserError:
+    """The error for a text that is none of those that it may be; to be raised by the caller."""
+    return UserError(
+        f"{where}, row {row}: {column.name!r} is {shown(value)}, expected one of {', '.join(column.names)}: correct the "
+        "row or leave it out."
     )
 
 

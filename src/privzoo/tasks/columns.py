@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from privzoo.errors import UserError
-from privzoo.tasks.cells import Column, bad_flag, bad_key, bad_label, bad_text, blank_text, shown
+from privzoo.tasks.cells import Column, bad_flag, bad_key, bad_label, bad_text, blank_text, not_a_choice, shown
 
 SAME_CHECK = {"spans": "texts"}  # and one more
 TEXTS_OF_STRUCT = ("text", "spans")  # what SQuAD and DROP call the texts of an answer
@@ -63,6 +63,7 @@ def _checked(table: pa.Table, columns: Sequence[Column], where: str) -> pa.Table
     for column in (column for column in columns if column.kind == "spans"):
         places = _checked_places(table[column.name], checked[column.name], column, where)
         checked = checked.append_column(starts_of(column.name), places)
+        _check_within(checked, column, where)
     return checked
 
 
@@ -132,6 +133,10 @@ def _checked_text(
         raise UserError(
             f"{where}, row {row_of(row)}: {column.name!r} is not UTF-8, expected text: store the file as UTF-8."
         ) from error
+    if column.names:
+        row = first_true(pc.invert(pc.is_in(text, pa.array(column.names, pa.large_string()))))
+        if row >= 0:
+            raise not_a_choice(where, row_of(row), text[row].as_py(), column)
     if not column.empty:
         row = first_true(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0))
         if row >= 0:
@@ -191,6 +196,19 @@ def _checked_places(array: pa.ChunkedArray, texts: pa.ChunkedArray, column: Colu
         )
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes.to_numpy())]), pa.int64())
     return pa.chunked_array([pa.LargeListArray.from_arrays(offsets, flat.cast(pa.int64()).combine_chunks())])
+
+
+def _check_within(table: pa.Table, column: Column, where: str) -> None:
+    if column.within is None:
+        return
+    cells = (table[name].to_pylist() for name in (column.within, column.name, starts_of(column.name)))
+    for row, (whole, texts, starts) in enumerate(zip(*cells, strict=True)):
+        for text, start in zip(texts, starts, strict=True):
+            if not text or start < 0 or whole[start : start + len(text)] != text:
+                raise UserError(
+                    f"{where}, row {row}: an answer of {len(text)} characters is not at character {start} of "
+                    f"{column.within!r}, as {column.name!r} says: correct the row or leave it out."
+                )
 
 
 def starts_of(name: str) -> str:

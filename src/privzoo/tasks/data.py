@@ -5,7 +5,7 @@ checked, and it writes nothing into the data folder.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import ClassVar, Literal
@@ -61,7 +61,7 @@ class HubData:
     @property
     def selection(self) -> str | None:
         """What the privacy card says about the rows, once they are loaded."""
-        return left_out(self._skipped.get("train", 0))
+        return left_out(self._skipped)
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:
         """All rows of a split, in the order of the source, with the asked columns only.
@@ -108,10 +108,10 @@ class HubData:
         return rows.with_format("arrow")[:]
 
 
-def left_out(count: int) -> str | None:
-    """What the privacy card says of rows that were skipped."""
-    what = f"{count} rows of the file were not what the task expects and were left out (data.on_error=skip)."
-    return what if count else None
+def left_out(skipped: Mapping[str, int]) -> str | None:
+    """What the privacy card says of rows that were skipped, so many by split."""
+    what = " and ".join(f"{count} rows of {split}" for split, count in skipped.items() if count)
+    return f"{what} were not what the task expects and were left out (data.on_error=skip)." if what else None
 
 
 @contextlib.contextmanager

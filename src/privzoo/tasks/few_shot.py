@@ -1,7 +1,7 @@
 """Few-shot training splits: k rows of every class, chosen by a public seed. The protocol of Zhang et al., DPZero (2024)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow as pa
 from privzoo.errors import UserError
 from privzoo.tasks.cells import Column
 from privzoo.tasks.data import HubData, ToyData
+from privzoo.tasks.digest import content_digest
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FewShot:
     rows: int | None = None
     fewer: bool = False
     test_rows: int | None = None
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the source's splits
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, HubData | ToyData):
@@ -47,10 +49,10 @@ class FewShot:
             raise UserError(
                 f"Found task.data.per_class={self.per_class} and rows={self.rows}, expected one: set the other to null."
             )
-        for name in ("per_class", "rows", "test_rows"):
+        for name, least in (("per_class", 1), ("rows", 1), ("test_rows", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"task.data.{name}={value}, expected a whole number of at least 1.")
+            if (value is not None or name == "seed") and (type(value) is not int or value < least):
+                raise UserError(f"task.data.{name}={value}, expected a whole number of at least {least}.")
 
     @property
     def selection(self) -> str:
@@ -67,21 +69,28 @@ class FewShot:
         """As the source's `load`; the selected rows, in the order of the source.
 
         Raises:
-            UserError: the train split has too few rows, or a class of it; with `per_class` no column, or more than one, is a
-                label.
+            UserError: a split is the train split under another name; there are too few training rows, or of a class; with
+                `per_class` no column, or more than one, is a label.
         """
+        labels = [column for column in columns if column.kind == "label"]
+        if self.per_class is not None and len(labels) != 1:
+            raise UserError(f"few-shot data need one label column, found {len(labels)}: choose a classification task.")
         table = self.source.load(split, columns, data_root)
+        digest = content_digest(table, "")
         if split != "train":
+            if digest == self._digests.get("train"):
+                raise UserError(
+                    f"train and {split} are the same {table.num_rows} rows: scores on training rows would be published "
+                    "without noise; put other rows into the validation split."
+                )
             if self.test_rows is None or self.test_rows >= table.num_rows:
                 return table
             return table.take(np.sort(self._chosen(np.arange(table.num_rows), self.test_rows, split)))
+        self._digests[split] = digest
         if self.rows is not None:
             if table.num_rows < self.rows:
                 raise UserError(f"There are {table.num_rows} training rows, expected at least task.data.rows={self.rows}.")
             return table.take(np.sort(self._chosen(np.arange(table.num_rows), self.rows, split)))
-        labels = [column for column in columns if column.kind == "label"]
-        if len(labels) != 1:
-            raise UserError(f"few-shot data need one label column, found {len(labels)}: choose a classification task.")
         (label,) = labels
         found = table[label.name].to_numpy()
         chosen = [self._of_class(np.flatnonzero(found == number), number) for number in range(label.num_labels)]

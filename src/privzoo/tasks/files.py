@@ -1,5 +1,6 @@
 """One split of a data set as a file: Parquet, JSON lines or CSV, read without guessing and without writing a cache."""
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,9 @@ from privzoo.tasks.columns import TEXTS_OF_STRUCT, first_true, require_columns
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 SPANS = pa.struct({"text": pa.large_list(pa.large_string()), "answer_start": pa.large_list(pa.int64())})
 OWN_SUFFIXES = (*SUFFIXES, ".json")
+# In place of bytes that are not UTF-8, while a CSV is read from which rows are skipped: a noncharacter, which no text needs.
+MARK, MARKED = "\ufdd0", "privzoo_marked"
+codecs.register_error(MARKED, lambda error: (MARK, error.end))  # type: ignore[attr-defined]
 
 
 def find_split(data_root: str, folder: str, split: str) -> Path:
@@ -201,21 +205,19 @@ def _skip(skipped: list[int], row: pyarrow.csv.InvalidRow) -> str:
 def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) -> pa.Table:
     names = [column.name for column in columns]
     try:
-        # To be skipped, a cell that is not UTF-8 must be read first; the checks find it.
         with path.open(encoding="utf-8-sig", newline="", errors="strict" if skipped is None else "replace") as file:
             header = next(csv.reader(file), [])
         require_columns(header, columns, str(path))
         if path.read_bytes().count(b'"') % 2:  # all that follows would be one cell
             raise UserError(f"{path} holds a quote that is not closed: write a quote within a quoted cell twice.")
         table = pyarrow.csv.read_csv(
-            path,
+            path if skipped is None else pa.BufferReader(path.read_bytes().decode(errors=MARKED).encode()),
             # One block: a cell may be longer than Arrow's default block.
             read_options=pyarrow.csv.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), (1 << 31) - 1)),
             parse_options=pyarrow.csv.ParseOptions(
                 newlines_in_values=True, invalid_row_handler=None if skipped is None else partial(_skip, skipped)
             ),
             convert_options=pyarrow.csv.ConvertOptions(
-                check_utf8=skipped is None,
                 include_columns=names,
                 column_types=dict.fromkeys(names, pa.large_string()),
                 null_values=[""],
@@ -231,6 +233,10 @@ def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) 
                 except UnicodeDecodeError:
                     raise _not_utf8(path, number) from error
         raise
+    for index, column in enumerate(columns if skipped is not None else ()):
+        marked = pc.fill_null(pc.match_substring(table[column.name], MARK), False)
+        nothing = pa.scalar(None, pa.large_string())
+        table = table.set_column(index, column.name, pc.if_else(marked, nothing, table[column.name]))
     for index, column in enumerate(columns):
         if column.kind in ("image", "texts", "spans"):
             what = "images" if column.kind == "image" else "lists of texts"

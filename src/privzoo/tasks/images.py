@@ -16,7 +16,7 @@ from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import class_logits, class_losses, evaluate_classes
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.digest import content_digest
-from privzoo.tasks.pictures import decoded, open_image
+from privzoo.tasks.pictures import decoded, open_image, require_one_size
 from privzoo.tasks.resizing import OnDevice
 from privzoo.tasks.units import RowsOfUnits
 
@@ -62,6 +62,10 @@ class ImageClassification(Task):
             raise UserError(f"task.num_labels={num_labels}, expected at least 2: correct the task's yaml.")
         if not isinstance(label, str) and len(label) != num_labels:
             raise UserError(f"task.label names {len(label)} columns, expected num_labels={num_labels}: add or drop names.")
+        if not isinstance(label, str) and len(set(label)) < len(label):
+            raise UserError(f"task.label names a column twice, expected {len(label)} different ones: drop a name.")
+        if not isinstance(label, str):
+            self.problem_type = "multi_label_classification"
         if type(views) is not int or views < 1:
             raise UserError(f"Expected task.views={views} to be a whole number of at least 1.")
         if resize not in ("host", "device"):
@@ -88,13 +92,21 @@ class ImageClassification(Task):
         return content_digest(self._tables["train"], f"{self.kind} {self._image} {self._label} {self._views}{where}")
 
     def prepare(self, processor) -> None:
-        """Images are decoded when they are asked for; raises UserError for a model without an image processor."""
+        """Images are decoded when they are asked for.
+
+        Raises:
+            UserError: the model has no image processor; with resize=device, one that does something else, or images are of
+                several sizes.
+        """
         if processor is None:
             raise UserError(
                 f"the model has no image processor, but task {self.name} reads images: put its "
                 f"preprocessor_config.json beside the model, or choose another model."
             )
         self._on_device = OnDevice.as_by(processor) if self._resize == "device" else None
+        if self._on_device is not None:
+            for split, table in self._tables.items():
+                require_one_size(table[self._image], f"{self.name} ({split} split)")
         to_size = None if self._on_device else processor
         self.train, self.validation = (
             ImageRows(
@@ -126,16 +138,7 @@ class ImageClassification(Task):
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """pixel_values: float32 (R, 3, height, width), or uint8 of the images' own size; labels: (R,), or float32
         (R, labels).
-
-        Raises:
-            UserError: images that are to be resized together are of different sizes.
         """
-        shapes = {row["pixel_values"].shape for row in rows}
-        if len(shapes) > 1:
-            sizes = " and ".join(sorted(f"{width} x {height}" for _, height, width in shapes)[:2])
-            raise UserError(
-                f"{self.name}: images of {sizes} pixels, expected one size for task.resize=device: set it to host."
-            )
         stacked = {"pixel_values": "pixel_values", "labels": "label"}
         return {name: torch.from_numpy(np.stack([row[key] for row in rows])) for name, key in stacked.items()}
 

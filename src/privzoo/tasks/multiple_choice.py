@@ -13,7 +13,7 @@ from torch import Tensor
 
 from privzoo.errors import UserError
 from privzoo.tasks.base import Task, pad_right, padding_mask, scoring
-from privzoo.tasks.cells import Column, shown
+from privzoo.tasks.cells import Column
 from privzoo.tasks.classification import check_max_length, check_tokenizer, padding_id
 from privzoo.tasks.data import HubData, ToyData
 from privzoo.tasks.digest import content_digest
@@ -47,7 +47,7 @@ class MultipleChoice(Task):
 
     kind = "causal_lm"
     num_labels = None
-    metrics = ("accuracy", "loss")
+    metrics: tuple[str, ...] = ("accuracy", "loss")
     higher_is_better = True
 
     def __init__(
@@ -68,26 +68,25 @@ class MultipleChoice(Task):
         self._data, self._label, self._words = data, Column(label, "label", len(candidates)), dict(words or {})
         self._templates = [prompt, *candidates]
         self._prompt, self._candidates = parsed(prompt, "prompt"), [parsed(each, "candidates") for each in candidates]
+        self._asked = {name for _, name in self._prompt if name is not None}
+        self._said = {name for template in self._candidates for _, name in template if name is not None}
+        unread = self._words.keys() - self._asked - self._said
+        if unread:
+            raise UserError(
+                f"task.words names {min(unread)!r}, which no template reads: they read "
+                f"{', '.join(sorted(self._asked | self._said))}."
+            )
 
     def load(self, data_root: str | None) -> None:
-        asked = {name for _, name in self._prompt if name is not None}
-        said = {name for template in self._candidates for _, name in template if name is not None}
         # A blank candidate would be the likeliest of all.
-        columns = [*(Column(name, "text", empty=name not in said) for name in sorted(asked | said)), self._label]
+        texts = [
+            Column(name, "text", names=tuple(self._words.get(name, ())), empty=name not in self._said)
+            for name in sorted(self._asked | self._said)
+        ]
+        columns = [*texts, self._label]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
-        for split, table in self._tables.items():
-            self._check_words(table, split)
         self.count(self._tables["train"])
         self.selection = self._data.selection
-
-    def _check_words(self, table: pa.Table, split: str) -> None:
-        for name, words in self._words.items():
-            for row, value in enumerate(table[name].to_pylist() if name in table.column_names else []):
-                if value not in words:
-                    raise UserError(
-                        f"{self.name} ({split} split), row {row}: {name!r} is {shown(value)}, expected one of "
-                        f"{', '.join(words)}: correct the row, or task.words."
-                    )
 
     def fingerprint(self) -> str:
         return content_digest(
@@ -98,19 +97,23 @@ class MultipleChoice(Task):
         check_tokenizer(processor, self.name)
         check_max_length(processor, self.max_length, at_least=2)
         self._pad_id = padding_id(processor)
-        self.train = RightCandidates(self._encoded(processor, self._tables["train"]))
-        self.validation = self._encoded(processor, self._tables["validation"])
+        self.train, self.validation = (self._encoded(processor, split) for split in ("train", "validation"))
 
-    def _encoded(self, processor, table: pa.Table) -> list[dict]:
-        """Of each row its candidates as tokens, how many of them come before a candidate, and which one is right."""
-        said = self._in_words(table)
-        start, prompts = start_tokens(processor), template_ids(processor, self._prompt, said)
-        options = [template_ids(processor, template, said) for template in self._candidates]
-        rows = []
+    def _encoded(self, processor, split: str) -> list[dict]:
+        """Of each row the right candidate as tokens and how many of them come before it; in validation all others, too."""
+        table = self._in_words(self._tables[split])
+        start, prompts = start_tokens(processor), template_ids(processor, self._prompt, table)
+        options = [template_ids(processor, template, table) for template in self._candidates]
+        rows: list[dict] = []
         for prompt, right, *own in zip(prompts, table[self._label.name].to_pylist(), *options, strict=True):
             made = [joined(start, prompt, option, self.max_length) for option in own]
-            ids, before = [np.array(i, dtype=np.int32) for i, _ in made], [context for _, context in made]
-            rows.append({"candidates": ids, "context": before, "right": right})
+            if min(context for _, context in made) < 1:
+                raise UserError(
+                    f"{self.name} ({split} split), row {len(rows)}: its prompt has no token to go on from: give task.prompt "
+                    "words of its own."
+                )
+            choices = [{"input_ids": np.array(ids, dtype=np.int32), "context": context} for ids, context in made]
+            rows.append(choices[right] | ({} if split == "train" else {"choices": choices, "right": right}))
         return rows
 
     def _in_words(self, table: pa.Table) -> pa.Table:
@@ -120,23 +123,22 @@ class MultipleChoice(Task):
         return table
 
     def length(self, row: dict) -> int:
-        return max(map(len, row["candidates"]))
+        return max(len(choice["input_ids"]) for choice in row.get("choices", [row]))
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels: (R, K, L) of K candidates, padded on the right, labels as in
-        `PromptCompletion`; right: (R,), the number of the right one. A training row has the right one alone: K = 1."""
-        flat = [ids for row in rows for ids in row["candidates"]]
-        before = [context for row in rows for context in row["context"]]
-        labels = [np.where(np.arange(len(ids)) < context, NO_LOSS, ids) for ids, context in zip(flat, before, strict=True)]
+        `PromptCompletion`; of training rows K is 1. right: (R,), the number of the right one, of validation rows."""
+        flat = [choice for row in rows for choice in row.get("choices", [row])]
+        ids = [choice["input_ids"] for choice in flat]
+        labels = [np.where(np.arange(len(i)) < choice["context"], NO_LOSS, i) for i, choice in zip(ids, flat, strict=True)]
         batch = {
-            "input_ids": pad_right(flat, self._pad_id),
-            "attention_mask": padding_mask(flat),
+            "input_ids": pad_right(ids, self._pad_id),
+            "attention_mask": padding_mask(ids),
             "labels": pad_right(labels, NO_LOSS),
         }
-        return {
-            **{name: values.unflatten(0, (len(rows), -1)) for name, values in batch.items()},
-            "right": torch.tensor([row["right"] for row in rows]),
-        }
+        batch = {name: values.unflatten(0, (len(rows), -1)) for name, values in batch.items()}
+        right = {"right": torch.tensor([row["right"] for row in rows])} if "right" in rows[0] else {}
+        return batch | right
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Of training rows, which have one candidate."""
@@ -159,18 +161,3 @@ class MultipleChoice(Task):
                 loss += found.gather(1, batch["right"][:, None]).double().sum().item()
         assert rows, "evaluate was given no micro-batch"
         return {"accuracy": right / rows, "loss": loss / rows}
-
-
-class RightCandidates(Sequence[dict]):
-    """Rows with the right candidate alone."""
-
-    def __init__(self, rows: Sequence[dict]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        row = self._rows[index]
-        right = row["right"]
-        return {"candidates": [row["candidates"][right]], "context": [row["context"][right]], "right": 0}

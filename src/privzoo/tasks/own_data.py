@@ -87,7 +87,10 @@ class OwnData:
             said.append(
                 f"A unit of privacy is an owner, by the column {self._owner!r}: {cap} of one owner are one contribution."
             )
-        said.append(left_out(self._skipped.get("train", 0)) or "")
+        files = {"the file": self._skipped.get("train", 0)}
+        if not self._share:
+            files["the validation file"] = self._skipped.get("validation", 0)
+        said.append(left_out(files) or "")
         return " ".join(filter(None, said)) or None
 
     def load(self, split: str, columns: Sequence[Column], data_root: str | None) -> pa.Table:

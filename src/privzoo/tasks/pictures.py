@@ -7,7 +7,8 @@ from PIL import Image
 
 from privzoo.errors import UserError
 
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for bad bytes
+# What PIL raises for bad bytes.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
 
 
 def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
@@ -38,3 +39,17 @@ def decoded(image: Image.Image, where: str, row: int) -> Image.Image:
 
 def _not_an_image(where: str, row: int, reason: str) -> UserError:
     return UserError(f"{where}, row {row} cannot be decoded ({reason}): replace the image or leave the row out.")
+
+
+def require_one_size(images: pa.ChunkedArray, where: str) -> None:
+    """Raises UserError for the first image whose size is not that of the first one, by their headers."""
+    if isinstance(images.type, pa.FixedShapeTensorType):
+        return
+    sizes = (open_image(cell.as_buffer(), where, row).size for row, cell in enumerate(images))
+    first = next(sizes)
+    for row, size in enumerate(sizes, start=1):
+        if size != first:
+            raise UserError(
+                f"{where}, row {row}: an image of {size[0]} x {size[1]} pixels, expected {first[0]} x {first[1]} as in "
+                "row 0 for task.resize=device: set it to host."
+            )

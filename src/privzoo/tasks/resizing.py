@@ -41,21 +41,21 @@ class OnDevice:
         Raises:
             UserError: it does something else, too, or resizes in another way.
         """
-        size: dict[str, int] = dict(processor.size or {})
+        size: dict[str, int] = dict(getattr(processor, "size", None) or {})
         resample: Any = getattr(processor, "resample", None)
         other = [name for name in OTHER_STEPS if getattr(processor, name, None)]
         if set(size) != {"height", "width"} or resample not in MODES or getattr(processor, "crop_pct", None):
             other.append(f"size={size} with resample={resample}")
-        if other or not processor.do_resize:
+        if other or not getattr(processor, "do_resize", False):
             raise UserError(
                 f"The model's image processor ({', '.join(other) or 'do_resize=false'}) does what task.resize=device "
                 "cannot: set task.resize=host."
             )
-        normalises = bool(processor.do_normalize)
+        normalises = bool(getattr(processor, "do_normalize", False))
         return cls(
             (size["height"], size["width"]),
             MODES[resample],
-            float(processor.rescale_factor) if processor.do_rescale else 1.0,
+            float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0,
             tuple(processor.image_mean) if normalises else (0.0,) * 3,
             tuple(processor.image_std) if normalises else (1.0,) * 3,
         )
