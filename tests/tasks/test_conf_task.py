@@ -64,7 +64,7 @@ def test_yaml(path):
     assert isinstance(node.num_examples, int) or (node.num_examples is None and isinstance(task._data, FewShot))
     assert isinstance(node.default_model, str) or "default" in node.default_model
     assert str(REPOSITORY) not in path.read_text()
-    plain = (str, int, float, bool, list, tuple, dict, type(None), ToyData, HubData, FewShot, Completions)
+    plain = (str, int, float, bool, list, tuple, dict, set, type(None), ToyData, HubData, FewShot, Completions)
     assert all(isinstance(value, (*plain, Column)) for value in vars(task).values()), "config inside"
 
 
