@@ -4,9 +4,9 @@
 
 A step is forward, (clipped) gradient and fused AdamW, without noise, which is measured on its own below the table: a release
 of many micro-batches pays it once. Variants of a row run in turn, A B C A B C; each number is the median over rounds of the
-ratio to the ordinary step of the same round (peers, which are far off and slow, run in one round only). Each variant has a
-process of its own, which then says its memory: the largest sum of tensor bytes that live in one step beyond weights and
-optimizer state, and the growth of the resident set over the whole process.
+ratio to the ordinary step of the same round (a peer that is far off in its first round runs in no further one). Each variant
+has a process of its own, which then says its memory: the largest sum of tensor bytes that live in one step beyond weights
+and optimizer state, and the growth of the resident set over the whole process.
 
 A run takes an hour or more. To stop *this* process alone (kill -STOP, -CONT) halts it between two steps, not within one.
 """
@@ -28,6 +28,7 @@ from variants import ENGINES, OURS, PEERS, PLAIN, VARIANTS
 Found = dict[str, str | tuple[float, float, float]]
 Costs = dict[str, dict[str, dict[str, float]]]  # seconds and bytes, by variant and operation
 LINES = 8  # of a profile
+CLOSE = 1.3  # a peer slower than this, over the ordinary step, is far off
 
 
 def worker(kind: str, row: Row, variant: str) -> subprocess.Popen:
@@ -64,6 +65,8 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
         for peer in [v for v in running if v in PEERS]:  # one at a time: some take many times the memory
             with started(row, [peer]) as alone:
                 pairs[peer] = [(asked(alone[peer], "step"), asked(workers[base], "step"))]
+                while len(pairs[peer]) < rounds and pairs[peer][0][0] < CLOSE * pairs[peer][0][1]:
+                    pairs[peer].append((asked(alone[peer], "step"), asked(workers[base], "step")))
                 weights[peer] = asked(alone[peer], "weigh")
     for variant, (peak, makers, resident) in weights.items():
         times = statistics.median(value / beside for value, beside in pairs[variant])
@@ -177,7 +180,7 @@ def main(argv: list[str]) -> int:
     if "noise" in only or only == [""]:
         reasons += ["", noise_line()]
         out.write_text(report(argv, rounds, lines, goals, reasons))
-    print(f"written to {out}")
+    print(f"{out.read_text()}\nwritten to {out}")
     return 0
 
 
