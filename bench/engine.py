@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,16 +41,20 @@ def base_of(row: Row) -> str:
     return "ordinary full" if row.method == "bitfit" else PLAIN
 
 
+@cache
+def refusal(model: str, method: str, length: int, variant: str) -> str:
+    """Why the variant does not run, or not rightly; nothing where it does."""
+    run = worker("check", Row(model, method, 2, length), variant)
+    _, errors = run.communicate()
+    return "does not run: " + errors.strip().splitlines()[-1].split(": ", 1)[-1][:90] if run.returncode else ""
+
+
 def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
     """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run; and what costs what."""
     base = base_of(row)
     variants = [base, *(v for v in VARIANTS if v != base and v in wanted and (row.peers or v not in PEERS))]
-    found: Found = {}
-    for variant in [v for v in variants if v in ENGINES]:
-        run = worker("check", row, variant)
-        _, errors = run.communicate()
-        if run.returncode:
-            found[variant] = "does not run: " + errors.strip().splitlines()[-1].split(": ", 1)[-1][:90]
+    reasons = {v: refusal(row.model, row.method, row.length, v) for v in variants if v in ENGINES}
+    found: Found = {variant: reason for variant, reason in reasons.items() if reason}
     running = [v for v in variants if v not in found]
     pairs: dict[str, list[tuple[float, float]]] = {}  # by variant: its seconds and the base's, by round
     weights: dict[str, list] = {}
