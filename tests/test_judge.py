@@ -19,6 +19,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))
         code = self.server.plan.pop(0) if self.server.plan else 200
+        if code == 0:  # ends the connection without a word
+            return
         text = body["messages"][0]["content"]
         reference, answer = (text.split(f"{name}:\n")[-1].split("\n")[0] for name in ("Reference", "Answer"))
         grade = 5 if reference == answer else 1
@@ -117,13 +119,24 @@ def test_a_reply_without_grades_is_counted(runs, server):
     assert found["rows"][0]["reply"] == "I cannot say."
 
 
-def test_a_judge_elsewhere_wants_leave(runs):
+def test_a_judge_elsewhere_wants_leave(runs, monkeypatch):
     with pytest.raises(UserError, match="add send=true if they may"):
         judge(str(runs[0]), "j", "https://api.example.com/v1")
     with pytest.raises(UserError, match="to begin with http://"):
         judge(str(runs[0]), "j", "localhost:8000/v1", send=True)
+    waits: list[float] = []
+    monkeypatch.setattr("privzoo.judge.time.sleep", waits.append)
     with pytest.raises(UserError, match="gave no answer"):
         judge(str(runs[0]), "j", "http://localhost:9/v1/x?", count=1, max_new_tokens=8)
+    assert not waits, "nobody is there who could come back"
+
+
+def test_a_judge_that_goes_away_is_waited_for(runs, server, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("privzoo.judge.time.sleep", waits.append)
+    server.plan = [200, 0]
+    found = judge(str(runs[0]), "j", server.url, count=3, max_new_tokens=8)
+    assert (found["graded"], waits) == (3, [2.0])
 
 
 def test_a_judge_here_is_not_asked_through_a_proxy(runs, server, monkeypatch):

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,11 @@ def judge(
         )
     to_mlflow = _mlflow(finished, Path(run)) if mlflow else None
     ask = _endpoint(endpoint, model, os.environ.get(key_env)) if endpoint is not None else _local(model)
-    rows = _answers(finished, count, seed, max_new_tokens)
+    asked = _questions(finished, count, seed, max_new_tokens)
+    answers = _answers(finished, asked, max_new_tokens)
     found: dict[str, Any] = {"judge": model, "endpoint": endpoint, "seed": seed, "rows": []}
     try:
-        for row in track(rows, description="graded", console=Console(stderr=True)):
+        for row in track(answers, "graded", total=len(asked), console=Console(stderr=True)):
             found["rows"].append(row | graded(ask(_request(row))))
     finally:
         if found["rows"]:
@@ -116,21 +117,24 @@ def _mlflow(finished: Finished, folder: Path) -> MlflowLogger:
     return MlflowLogger(folder, plain, **plain["logger"].get("mlflow", {}))
 
 
-def _answers(finished: Finished, count: int, seed: int, max_new_tokens: int) -> list[dict[str, str]]:
+def _questions(finished: Finished, count: int, seed: int, max_new_tokens: int) -> list[Any]:
+    task = finished.task
+    task.load(finished.cfg.data_root)
+    task.prepare(finished.processor)
+    asked = task.questions(max_new_tokens)
+    return random.Random(seed).sample(asked, min(count, len(asked)))
+
+
+def _answers(finished: Finished, asked: list[Any], max_new_tokens: int) -> Iterator[dict[str, str]]:
+    """Question, reference and answer; made as they are wanted, so that a judge that is not there is noticed early."""
     from privzoo.tasks.decoding import generated
 
-    task, processor = finished.task, finished.processor
-    task.load(finished.cfg.data_root)
-    task.prepare(processor)
-    asked = task.questions(max_new_tokens)
-    chosen = random.Random(seed).sample(asked, min(count, len(asked)))
-    rows = []
-    for first in range(0, len(chosen), 16):
-        part = chosen[first : first + 16]
+    processor = finished.processor
+    for first in range(0, len(asked), 16):
+        part = asked[first : first + 16]
         ids = generated(finished.model, processor, [each.ids for each in part], max_new_tokens=max_new_tokens)
         for each, text in zip(part, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
-            rows.append({"question": each.text, "reference": each.reference, "answer": text.strip()})
-    return rows
+            yield {"question": each.text, "reference": each.reference, "answer": text.strip()}
 
 
 def _request(row: dict[str, str]) -> str:
@@ -162,24 +166,28 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _endpoint(endpoint: str, model: str, key: str | None) -> Judge:
-    """A judge at an OpenAI-compatible server; a busy or failing one is asked again, after a while."""
-
+    """A judge at an OpenAI-compatible server; a busy or failing one is asked again, after a while, but not one that never
+    was there."""
     here = urlsplit(endpoint).hostname in LOCAL
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))  # a proxy is another machine
+    met = False
 
     def ask(request: str) -> str:
         """The reply; UserError where there is none."""
+        nonlocal met
         body = {"model": model, "messages": [{"role": "user", "content": request}], "temperature": 0, "max_tokens": 100}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         call = urllib.request.Request(f"{endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with opener.open(call, timeout=120) as answer:
+                    met = True
                     return str(json.load(answer)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
-                reason, again = f"HTTP {error.code} {error.reason}", error.code == 429 or error.code >= 500
+                met, reason = True, f"HTTP {error.code} {error.reason}"
+                again = error.code == 429 or error.code >= 500
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                reason, again = f"{type(error).__name__}: {first_line(error)}", isinstance(error, OSError)
+                reason, again = f"{type(error).__name__}: {first_line(error)}", met and isinstance(error, OSError)
             if not again or attempt == ATTEMPTS:
                 break
             time.sleep(0.5 * 4**attempt)
