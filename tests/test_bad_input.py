@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from privzoo.errors import RunLost
 from privzoo.models.loading import load
-from privzoo.run import save_model
+from privzoo.saving import save_model
 
 QUICK = ["trainer.accelerator=cpu", "trainer.progress=false", "epochs=0.1"]
 SST2 = ["task=sst2", "model=tiny_encoder", "task.max_length=64", "batch_size=4", "delta=1e-3"]

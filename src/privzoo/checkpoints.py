@@ -72,7 +72,10 @@ class Checkpoints(Callback):
             return
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(temporary)  # all ranks take part, the first one writes
+            if not trainer.is_global_zero:
+                self.saved = trainer.global_step
+                return
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)

@@ -220,7 +220,7 @@ def _check_privacy(cfg: DictConfig) -> None:
 def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.accelerator", ACCELERATORS)
     _check_one_of(cfg, "trainer.precision", PRECISIONS)
-    _check_one_of(cfg, "trainer.devices", (1,))
+    _check_whole(cfg, "trainer.devices", 1)
     _check_one_of(cfg, "trainer.progress", (True, False))
     _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)

@@ -27,7 +27,7 @@ def evaluate(run: str, data_root: str | None = None) -> dict[str, tuple[float, f
     record, cfg, task, model, processor = load_finished(Path(run))
     import torch
 
-    from privzoo.run import score
+    from privzoo.scoring import score
 
     task.load(data_root or cfg.data_root)
     task.prepare(processor)

@@ -39,7 +39,7 @@ def load_finished(folder: Path, untrained: bool = False) -> Finished:
     from privzoo.composition import build
     from privzoo.models.adapters import ADAPTER_CONFIG, load_adapter
     from privzoo.models.loading import load
-    from privzoo.run import quiet_libraries
+    from privzoo.surroundings import quiet_libraries
 
     quiet_libraries()
     cfg = OmegaConf.load(folder / "config.yaml")

@@ -7,7 +7,7 @@ import os
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from privzoo.privacy.card import why_not_private
 from privzoo.privacy.ledger import Ledger
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import Ranks
 from privzoo.privacy.streams import RunKey
 from privzoo.results import RunRecord, git_commit, versions
 from privzoo.run_folder import RunFolder
@@ -42,18 +43,19 @@ def digest_of_run(
     ledger: Ledger,
     device: torch.device,
     checkpoint: dict[str, Any] | None,
+    world_size: int = 1,
 ) -> str:
     """The digest under which this session draws and adds noise.
 
     It is the same as that of an earlier session exactly if every release would come out the same: same key, configuration,
-    data, initial weights, code, versions, device kind and thread count. Where releases were lost and cannot be computed
-    again bit by bit (another device than a CPU, or a checkpoint that differs from the one they were taken at), a new
-    branch is opened in the ledger, which makes draws and noise fresh and the lost releases paid twice.
+    data, initial weights, code, versions, device kind, number of ranks and of threads. Where releases were lost and cannot
+    be computed again bit by bit (another device than a CPU, or a checkpoint that differs from the one they were taken at), a
+    new branch is opened in the ledger, which makes draws and noise fresh and the lost releases paid twice.
 
     Raises:
         UserError: if the ledger lacks releases that the checkpoint holds.
     """
-    facts = _facts(cfg, task, loaded, device)
+    facts = _facts(cfg, task, loaded, device) | {"world size": world_size}
     digest = key.digest({**facts, "branch": ledger.branches})
     start = checkpoint["global_step"] if checkpoint else 0
     ledger.require(start)
@@ -65,6 +67,23 @@ def digest_of_run(
         return digest
     ledger.branch(f"{len(lost)} lost releases cannot be computed again exactly")
     return key.digest({**facts, "branch": ledger.branches})
+
+
+def digest_on_ranks(ranks: Ranks, ledger: Ledger, own: Callable[[], str]) -> str:
+    """The digest, once every rank has found the same one for what it holds itself, and the first one's ledger.
+
+    Args:
+        ranks: of this run.
+        ledger: the file on the first rank, a `Replica` elsewhere.
+        own: works out this rank's; the first one may open a branch in the ledger by it.
+    Raises:
+        UserError: if data, weights, code or versions are not the same everywhere.
+    """
+    digest = own() if ranks.first else ""
+    ledger.follow(*ranks.from_first((ledger.entries, ledger.branches)))
+    digest = digest or own()
+    ranks.require_equal("configuration, data, weights, code and versions", digest)
+    return digest
 
 
 def _facts(cfg: DictConfig, task: Task, loaded: LoadedModel, device: torch.device) -> dict[str, object]:
@@ -80,7 +99,6 @@ def _facts(cfg: DictConfig, task: Task, loaded: LoadedModel, device: torch.devic
         "processor": _processor(loaded.processor),
         "code": [_code(), *sorted(_digest_of_file(file) for file in _foreign_files(content))],
         "versions": {name: version(name) for name in ("tokenizers", "pillow", "pyarrow", "safetensors")} | versions(),
-        "world size": 1,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -190,6 +208,7 @@ def first_record(
     device: torch.device,
     is_test_key: bool,
     untrained: dict[str, float],
+    devices: int = 1,
 ) -> RunRecord:
     """The record of a run before its first release."""
     cfg = folder.cfg
@@ -221,7 +240,7 @@ def first_record(
         steps_planned=plan.steps,
         lr=cfg.lr,
         note=task.note,
-        devices=1,
+        devices=devices,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         git_commit=git_commit(),
         versions=versions(),

@@ -12,6 +12,7 @@ from privzoo.cli import explain
 from privzoo.composition import compose
 from privzoo.config import GROUPS, validate
 from privzoo.errors import UserError, first_line
+from privzoo.launch import fine_tune
 from privzoo.results import RunRecord
 from privzoo.run_folder import open_folder
 
@@ -73,9 +74,7 @@ def finetune(
     folder = open_folder(cfg)
     record = folder.record
     if not folder.is_done or record is None:
-        from privzoo.run import run  # torch takes seconds
-
-        record = run(folder)
+        record = fine_tune(folder)
     from privzoo.finished import load_finished
 
     finished = load_finished(folder.path)

@@ -1,52 +1,54 @@
 """One run from configuration to result: the only place where all parts meet."""
 
-import logging
-import shutil
-import warnings
-from collections.abc import Iterator
+import signal
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
 from privzoo.composition import build
 from privzoo.config import plan_arguments
 from privzoo.curves import Curves, EpsilonCurve
-from privzoo.errors import RunLost, Stopped, UserError, first_line
+from privzoo.errors import Stopped
 from privzoo.files import write_json
-from privzoo.identity import digest_of_run, first_record, require_same_plan
+from privzoo.identity import digest_of_run, digest_on_ranks, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
-from privzoo.models.adapters import merge
 from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import LoadedModel
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
 from privzoo.privacy.coupling import refuse_coupling_modules
-from privzoo.privacy.ledger import Ledger
+from privzoo.privacy.ledger import Ledger, Replica
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.sampling import MicroBatch, PoissonBatches, PoissonDraws, private_loader
+from privzoo.privacy.ranks import ALONE, Ranks
+from privzoo.privacy.replicas import over_ranks
+from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
 from privzoo.progress import Progress
 from privzoo.results import RunRecord, peak_memory_bytes, write_record
 from privzoo.run_folder import RunFolder
 from privzoo.run_loggers import RunLogger, build_loggers
+from privzoo.saving import save_merged, save_model
+from privzoo.scoring import evaluate_now
+from privzoo.surroundings import device_of, quiet_libraries
 from privzoo.tasks.base import Task
 from privzoo.tasks.splits import refuse_same_rows
 from privzoo.tasks.units import FirstRows
 
 
-def run(folder: RunFolder) -> RunRecord:
+def run(folder: RunFolder, ranks: Ranks = ALONE) -> RunRecord | None:
     """Fine-tune as the folder's configuration says, from the start or from its last checkpoint, and write the result.
 
+    Args:
+        folder: of the run; all ranks see it, and the first one writes to it.
+        ranks: the processes of this run, which have joined one another.
+    Returns:
+        The record; None on all ranks but the first.
     Raises:
         UserError: for what is wrong with data, model, plan or set-up, before the first release; a new folder is removed.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint to go on from.
@@ -67,97 +69,115 @@ def run(folder: RunFolder) -> RunRecord:
         names.id2label = dict(enumerate(task.label_names))
         names.label2id = {name: number for number, name in names.id2label.items()}
         names.problem_type = task.problem_type or names.problem_type
-    if not folder.is_new:
-        return _train(folder, task, plan, loaded)
-    seed = cfg.privacy.noise_seed
-    folder.create(RunKey.fresh() if seed is None else RunKey.for_tests(seed))
+    if not ranks.from_first(folder.is_new):
+        return _train(folder, task, plan, loaded, ranks)
+    if ranks.first:
+        seed = cfg.privacy.noise_seed
+        folder.create(RunKey.fresh() if seed is None else RunKey.for_tests(seed))
     try:
-        return _train(folder, task, plan, loaded)
+        ranks.from_first("created")
+        return _train(folder, task, plan, loaded, ranks)
     except BaseException:
-        if folder.ledger.exists() and folder.ledger.stat().st_size == 0:  # no release was made: nothing is lost
+        if (
+            ranks.first and folder.ledger.exists() and folder.ledger.stat().st_size == 0
+        ):  # no release was made: nothing is lost
             folder.discard()
         raise
 
 
-def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel) -> RunRecord:
-    cfg, device = folder.cfg, _device(folder.cfg)
+def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel, ranks: Ranks) -> RunRecord | None:
+    cfg, device = folder.cfg, device_of(folder.cfg)
     key = RunKey.load(folder.key, is_test_key=cfg.privacy.noise_seed is not None)
-    with Ledger(folder.ledger) as ledger:
+    with Ledger(folder.ledger) if ranks.first else Replica(folder.ledger) as ledger:
         checkpoint = load_checkpoint(folder.checkpoint, key) if folder.checkpoint.exists() else None
         start = checkpoint["global_step"] if checkpoint else 0
-        digest = digest_of_run(cfg, key, task, loaded, ledger, device, checkpoint)
+        own_digest = partial(digest_of_run, cfg, key, task, loaded, ledger, device, checkpoint, ranks.count)
+        digest = digest_on_ranks(ranks, ledger, own_digest)
         mechanism = NoiseMechanism(plan, key, digest)
         method: PrivateMethod = build(cfg.method)(
-            model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr
+            model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr, ranks=ranks
         )
         if cfg.trainer.gradient_checkpointing:
             turn_on_checkpointing(loaded.model)
         method.to(device).train()
         _check_before(method)
         frozen = method.fingerprint_of_the_rest()
-        record = folder.record
-        if record is None:
-            record = first_record(folder, plan, task, device, key.is_test_key, evaluate_now(method, cfg, device))
-        require_same_plan(record, plan)
+        record = _record(folder, method, device) if ranks.first else None
         if checkpoint:
             method.on_load_checkpoint(checkpoint)
             method.load_state_dict(checkpoint["state_dict"], strict=False)  # the trained part; the rest is the base
-        record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0))
-        write_record(folder.path, record)
-        loggers = _loggers(folder, start)
+        loggers: list[RunLogger] = []
+        if record is not None:
+            record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0))
+            write_record(folder.path, record)
+            loggers = _loggers(folder, start)
         try:
+            reached = checkpoint and (start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
             if start < plan.steps and makeable(plan, ledger, digest, start):
-                record = _fit(folder, method, ledger, record, start, loggers)
-            elif checkpoint:
-                record = _reached(record, plan, ledger, start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
+                reached = _fit(folder, method, ledger, start, loggers)
             if method.fingerprint_of_the_rest() != frozen:
                 raise RuntimeError("Frozen weights changed during training: the method is not what it says.")
-            record = _finish(folder, method, ledger, loaded.processor, record, device)
+            if record is not None:
+                record = _reached(record, plan, ledger, *reached) if reached else record
+                record = _finish(folder, method, ledger, loaded.processor, record, device)
         except Interrupted as stop:
-            record = replace(stop.args[0], state="interrupted")
+            if record is None:
+                raise Stopped("stopped with the first rank", stop.args[2]) from None
+            record = replace(_reached(record, plan, ledger, *stop.args[:2]), state="interrupted")
             write_record(folder.path, record)
-            raise _stopped(folder, record, stop.args[1]) from None
+            raise _stopped(folder, record, stop.args[2]) from None
         finally:
-            for logger in loggers if ledger.entries else []:
-                logger.finish(record.to_json())
+            if record is not None and ledger.entries:
+                for logger in loggers:
+                    logger.finish(record.to_json())
+    return record
+
+
+def _record(folder: RunFolder, method: PrivateMethod, device: torch.device) -> RunRecord:
+    """The run's record so far; a new run's holds what the untrained model reaches."""
+    record, plan = folder.record, method.mechanism.plan
+    if record is None:
+        untrained, is_test_key = evaluate_now(method, folder.cfg, device), method.mechanism.key.is_test_key
+        record = first_record(folder, plan, method.task, device, is_test_key, untrained, method.ranks.count)
+    require_same_plan(record, plan)
     return record
 
 
 def _fit(
-    folder: RunFolder, method: PrivateMethod, ledger: Ledger, record: RunRecord, start: int, loggers: list[RunLogger]
-) -> RunRecord:
-    """All releases that are left; returns the record with what was reached.
+    folder: RunFolder, method: PrivateMethod, ledger: Ledger, start: int, loggers: list[RunLogger]
+) -> tuple[int, float]:
+    """All releases that are left; returns how many are made then, and the seconds of training in all sessions.
 
     Raises:
-        Interrupted: with the record so far and the signal's number.
+        Interrupted: with the same two, and the signal's number.
     """
-    cfg, task, mechanism = folder.cfg, method.task, method.mechanism
+    cfg, task, mechanism, ranks = folder.cfg, method.task, method.mechanism, method.ranks
     plan = mechanism.plan
     epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
-    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit)
+    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks)
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
+    scores = Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every)
     callbacks = [
         PrivacyCallback(plan, ledger, mechanism.digest),
-        Curves(epsilon_at),
-        Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every),
+        *([Curves(epsilon_at), scores] if ranks.first else []),
         checkpoints,
         stop,
-        *([Progress(plan, epsilon_at)] if cfg.trainer.progress else []),
+        *([Progress(plan, epsilon_at)] if cfg.trainer.progress and ranks.first else []),
     ]
     trainer = Trainer(
-        accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision, max_epochs=1, logger=loggers,
-        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder.path,
+        **over_ranks(ranks), accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision, max_epochs=1,
+        logger=loggers, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder.path,
     )  # fmt: skip
     try:
         trainer.fit(method, private_loader(batches, start), ckpt_path=folder.checkpoint if start else None)
     except Interrupted:
-        so_far = _reached(record, plan, ledger, trainer.global_step, checkpoints.seconds)
-        raise Interrupted(so_far, stop.received) from None
+        received = stop.received or signal.SIGTERM  # another rank's, if this one has got none
+        raise Interrupted(trainer.global_step, checkpoints.seconds, received) from None
     finally:
         stop.restore()
-    return _reached(record, plan, ledger, trainer.global_step, checkpoints.seconds)
+    return trainer.global_step, checkpoints.seconds
 
 
 def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, seconds: float) -> RunRecord:
@@ -181,7 +201,7 @@ def _finish(
     with method.published():
         save_model(folder.model, method.model, processor)
     if folder.cfg.method.get("merge", False):
-        _save_merged(folder, method.task, processor)
+        save_merged(folder, method.task, processor)
     mechanism = method.mechanism
     card = privacy_card(
         plan, ledger, mechanism.key.is_test_key, folder.cfg.logger.private, method.contribution, method.task.selection
@@ -194,67 +214,12 @@ def _finish(
     return record
 
 
-def save_model(path: Path, model: Any, processor: Any) -> None:
-    """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all.
-
-    Raises:
-        RunLost: if they cannot be written, for example to a full disk.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except (OSError, SafetensorError) as error:  # of a full disk safetensors makes an error of its own
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunLost(
-            f"{path} cannot be written ({first_line(error)}): make room and go on with resume={path.parent}."
-        ) from error
-
-
-def _save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
-    base = build(folder.cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=folder.cfg.seed, quantization=None)
-    save_model(folder.merged, merge(base.model, folder.model), processor)
-
-
-def evaluate_now(method: PrivateMethod, cfg: DictConfig, device: torch.device) -> dict[str, float]:
-    """The task's metrics of the model as it is, or of the average of its weights, on the validation split."""
-    with method.published():
-        return score(method.task, method.model, cfg, device)
-
-
-def score(task: Task, model: Any, cfg: DictConfig, device: torch.device) -> dict[str, float]:
-    """The task's metrics of a model on the validation split, in the precision that the run trains in."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
-        return task.evaluate(model, _validation_batches(task, cfg.microbatch_size, device))
-
-
-def _validation_batches(task: Task, microbatch_size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """The whole validation split in micro-batches of like length, on the device."""
-    order = task.by_length(task.validation)
-    for first in range(0, len(order), microbatch_size):
-        rows = [task.validation[i] for i in order[first : first + microbatch_size]]
-        yield {name: value.to(device) for name, value in task.collate(rows).items()}
-
-
 def _check_before(method: PrivateMethod) -> None:
     task = method.task
     refuse_coupling_modules(method.model, getattr(task, "max_length", None))
     by_length = task.by_length(task.train)
     places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
     method.preflight([task.train[by_length[place]] for place in sorted(set(places))])
-
-
-def _device(cfg: DictConfig) -> torch.device:
-    try:
-        probe = Trainer(accelerator=cfg.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)
-    except MisconfigurationException as error:
-        raise UserError(
-            f"trainer.accelerator={cfg.trainer.accelerator} is not to be had here ({first_line(error)}): take auto or cpu."
-        ) from None
-    return probe.strategy.root_device
 
 
 def _loggers(folder: RunFolder, start: int) -> list[RunLogger]:
@@ -271,16 +236,3 @@ def _stopped(folder: RunFolder, record: RunRecord, number: int) -> Stopped:
         f"python -m privzoo.train resume={folder.path}",
         number,
     )
-
-
-def quiet_libraries() -> None:
-    """Our own lines tell what matters; these would tell a user of a private run to change what must not change."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")  # peft asks for it
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and sets what GPT-2 needs
-    warnings.filterwarnings("ignore", message="Adapter .* LoRA tensor.* have invalid shape")  # of the biases of BiTFiT-Add
-    warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

@@ -34,11 +34,13 @@ class RunFolder:
         path: the folder.
         cfg: the configuration in force; for a resumed run its own, with the allowed overrides.
         record: the last result.json, None for a new run.
+        overrides: of the command line.
     """
 
     path: Path
     cfg: DictConfig
     record: RunRecord | None
+    overrides: tuple[str, ...] = ()
 
     @property
     def ledger(self) -> Path:
@@ -84,8 +86,7 @@ class RunFolder:
         try:
             staging.mkdir()
             write_text(staging / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-            overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-            write_text(staging / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+            write_text(staging / "overrides.yaml", OmegaConf.to_yaml(list(self.overrides)))
             key.save(staging / self.key.name)
             (staging / self.ledger.name).touch()
             os.rename(staging, self.path)
@@ -117,15 +118,16 @@ def open_folder(cfg: DictConfig) -> RunFolder:
     """
     if cfg.resume is not None:
         path = Path(str(cfg.resume))
-        return RunFolder(path, _resumed(path, cfg), _record(path))
+        return RunFolder(path, _resumed(path, cfg), record_in(path), _overrides())
     path = Path(str(cfg.output_dir)) / run_name(cfg)
-    folder = RunFolder(path, cfg, _record(path))
+    folder = RunFolder(path, cfg, record_in(path), _overrides())
     if path.exists() and not folder.is_done:
         raise UserError(f"{path} holds an unfinished run of this configuration: go on with resume={path}, or remove it.")
     return folder
 
 
-def _record(path: Path) -> RunRecord | None:
+def record_in(path: Path) -> RunRecord | None:
+    """The record of a run folder, None where there is none yet."""
     return read_record(path) if (path / RECORD_NAME).exists() else None
 
 
@@ -133,7 +135,7 @@ def _resumed(path: Path, cfg: DictConfig) -> DictConfig:
     stored = OmegaConf.load(path / "config.yaml")
     if not isinstance(stored, DictConfig) or "choices" not in stored:
         raise UserError(f"{path}/config.yaml is not the configuration of a run: was it edited?")
-    record = _record(path)
+    record = record_in(path)
     if run_id(stored) != (record.run_id if record else path.name.rpartition("-")[2]):
         raise UserError(
             f"{path}/config.yaml was edited: put it back; a resumed run may change lr and the like on the command line."
@@ -159,8 +161,10 @@ def _resumed(path: Path, cfg: DictConfig) -> DictConfig:
     return stored
 
 
+def _overrides() -> tuple[str, ...]:
+    return tuple(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
+
+
 def _overridden() -> list[str]:
-    if not HydraConfig.initialized():
-        return []
-    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    parsed = OverridesParser.create().parse_overrides(list(_overrides()))
     return [override.key_or_group for override in parsed]

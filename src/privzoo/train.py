@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from privzoo.cli import run_hydra
+from privzoo.launch import fine_tune
 from privzoo.run_folder import open_folder
 
 
@@ -14,9 +15,7 @@ def train(cfg: DictConfig) -> None:
         print(f"privzoo: {folder.path} is finished already; another seed= or output_dir= makes another run.")
         record = folder.record
     else:
-        from privzoo.run import run  # torch takes seconds: only when there is something to train
-
-        record = run(folder)
+        record = fine_tune(folder)
     from privzoo.reporting.display import final_table, print_table
 
     assert record is not None

@@ -19,6 +19,7 @@ from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
+from privzoo.privacy.ranks import ALONE, Ranks
 from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
 from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import Task
@@ -52,6 +53,7 @@ class PrivateMethod(LightningModule):
         phases: one mapping for every phase of the plan, whose `trainable` and `lr` replace those above; None: none does. In
             each, schedule and optimizer state begin anew.
         average: makes an average of the weights what is scored and saved; None: the last weights.
+        ranks: the processes that share each draw.
     """
 
     noises: ClassVar[tuple[str, ...]] = ("gaussian",)
@@ -71,6 +73,7 @@ class PrivateMethod(LightningModule):
         adapter: Adapter | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         average: ExponentialAverage | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -108,16 +111,20 @@ class PrivateMethod(LightningModule):
         self.head_lr_factor = head_lr_factor
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
+        self.ranks = ranks
         self.stop_requested = False
 
     # ---- one release
 
     def training_step(self, batch: LogicalBatch, batch_idx: int) -> None:
+        if self.ranks.any_stops(self.stop_requested, self.weights):
+            raise Interrupted
         setting = self.mechanism.plan.at(batch.release)
         if setting.index == 0 and setting.phase > 0:
             self.start_phase(setting.phase)
             self.forget_moments()
         sums = self.query(batch)
+        self.ranks.add_up(sums)
         # ---- private data end here ----
         self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
         self.update(sums, setting)
@@ -127,8 +134,13 @@ class PrivateMethod(LightningModule):
         """Clipped sum over the logical batch; zeros for an empty draw.
 
         Raises:
-            Interrupted: if a stop was asked for.
+            Interrupted: if this process `stops_here`.
         """
+
+    @property
+    def stops_here(self) -> bool:
+        """Whether to end in the middle of a query: one of several processes does not, as the others wait for its share."""
+        return self.stop_requested and self.ranks.count == 1
 
     def parts(self, release: int) -> list[Part] | None:
         """Sensitivity and noise of each part of the query; None: one part, of the plan's clip_norm."""

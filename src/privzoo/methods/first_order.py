@@ -51,7 +51,7 @@ class FirstOrder(PrivateMethod):
         """Clipped sum over the logical batch, by parameter name; zeros for an empty draw. With `adaptive`, its count too.
 
         Raises:
-            Interrupted: between micro-batches, if a stop was asked for.
+            Interrupted: between micro-batches, if this process `stops_here`.
         """
         setting = self.mechanism.plan.at(batch.release)
         if self.adaptive is not None and setting.index == 0:
@@ -62,7 +62,7 @@ class FirstOrder(PrivateMethod):
         losses, norms = [], []
         self.private_metrics.clear()
         for micro_batch in batch.micro_batches:
-            if self.stop_requested:
+            if self.stops_here:
                 raise Interrupted
             units = self.unit_of_row(micro_batch)
             found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, unit_of_row=units, into=sums)

@@ -78,10 +78,10 @@ class ZerothOrder(PrivateMethod):
         An example with a slope that is not finite contributes nothing. Weights in float32 come back to within rounding.
 
         Raises:
-            Interrupted: before the weights are moved, if a stop was asked for. Not later: after a move the weights are
+            Interrupted: before the weights are moved, if this process `stops_here`. Not later: after a move the weights are
                 no longer those that the release's noise is keyed by, and a checkpoint of them would be of no release.
         """
-        if self.stop_requested:
+        if self.stops_here:
             raise Interrupted
         self.private_metrics.clear()
         both = torch.stack([self._losses_on_both_sides(batch, d) for d in self._directions(batch.release)])  # (K, 2, U)

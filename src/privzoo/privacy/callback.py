@@ -14,6 +14,8 @@ from privzoo.privacy.accounting import Releases, epsilon_spent
 from privzoo.privacy.ledger import Entry, Ledger
 from privzoo.privacy.noise import NoiseMechanism, fingerprint
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import ALONE, Ranks
+from privzoo.privacy.replicas import Replicas
 from privzoo.privacy.sampling import LogicalBatch, PoissonBatches, ReleaseOrder
 
 MOVED_BY = 4  # releases after which every trainable tensor must have moved
@@ -26,6 +28,7 @@ class PrivateModule(Protocol):
     weights: str  # fingerprint of the trainable parameters that the next release is taken at
     exact: Mapping[str, torch.Tensor]  # what is trained, in the precision in which updates add up
     active: dict[str, torch.nn.Parameter]  # those of them that the phase at hand trains
+    ranks: Ranks
 
 
 class PrivacyCallback(Callback):
@@ -51,7 +54,7 @@ class PrivacyCallback(Callback):
         refuse_callbacks(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_unsafe(trainer, self.plan, self.digest, _private(pl_module).mechanism)
+        refuse_unsafe(trainer, self.plan, self.digest, _private(pl_module).mechanism, _private(pl_module).ranks)
         self.left = affordable(self.plan, self.ledger, self.digest, trainer.global_step)
         self._before = _fingerprints(_private(pl_module))
 
@@ -170,7 +173,7 @@ def makeable(plan: PrivacyPlan, ledger: Ledger, digest: str, start: int) -> bool
     return paid or affordable(plan, ledger, digest, start) > 0
 
 
-def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism) -> None:
+def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism, ranks: Ranks = ALONE) -> None:
     """Refuse every Trainer setting under which the plan's account would be false.
 
     Raises:
@@ -183,7 +186,8 @@ def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: Noise
         "overfit_batches": (trainer.overfit_batches, 0.0, "it replaces the Poisson sampler"),
         "fast_dev_run": (bool(trainer.fast_dev_run), False, "it cuts releases that the plan pays for"),
         "limit_train_batches": (str(trainer.limit_train_batches), "1.0", "it cuts releases that the plan pays for"),
-        "world_size": (trainer.world_size, 1, "noise and draws are for one process in this version"),
+        "world_size": (trainer.world_size, ranks.count, "each process treats its share of a draw, by the ranks it was told"),
+        "global_rank": (trainer.global_rank, ranks.rank, "two processes would treat the same share of a draw"),
         "use_distributed_sampler": (
             trainer._accelerator_connector.use_distributed_sampler, False, "it replaces the Poisson sampler"),
         "reload_dataloaders_every_n_epochs": (trainer.reload_dataloaders_every_n_epochs, 0, "it draws anew"),
@@ -193,7 +197,12 @@ def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: Noise
     for setting, (found, wanted, reason) in expected.items():
         if found != wanted:
             raise UserError(f"Expected {setting}={wanted} under privacy, found {found}: {reason}.")
-    _refuse_loader(trainer.train_dataloader, plan, digest, mechanism)
+    if ranks.count > 1 and not isinstance(trainer.strategy, Replicas):
+        raise UserError(
+            f"Expected strategy=Replicas() for {ranks.count} processes, found {type(trainer.strategy).__name__}: it may add "
+            "up gradients of its own, which are not clipped."
+        )
+    _refuse_loader(trainer.train_dataloader, plan, digest, mechanism, ranks)
 
 
 def refuse_callbacks(trainer: Any) -> None:
@@ -211,12 +220,16 @@ def refuse_callbacks(trainer: Any) -> None:
             raise UserError(f"{type(callback).__name__} decides by {monitored}, which is private: monitor a public split.")
 
 
-def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism) -> None:
+def _refuse_loader(loader: Any, plan: PrivacyPlan, digest: str, mechanism: NoiseMechanism, ranks: Ranks) -> None:
     batches, order = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
     if not isinstance(batches, PoissonBatches) or not isinstance(order, ReleaseOrder) or loader.batch_size is not None:
         raise UserError(
             f"Expected the loader of private_loader (Poisson draws), found a {type(loader).__name__} over "
             f"{type(batches).__name__} with {type(order).__name__}: the accountant would be wrong for it."
+        )
+    if batches.ranks != ranks:
+        raise UserError(
+            f"Expected the loader to be of {ranks}, as the method is, found {batches.ranks}: shares would not add up."
         )
     for name, holder in (("sampler", batches.draws), ("noise", mechanism)):
         if holder.plan is not plan or holder.digest != digest:

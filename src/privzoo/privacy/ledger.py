@@ -108,6 +108,10 @@ class Ledger:
         counts = Counter(Release(e.sample_rate, e.noise_multiplier, e.noise) for e in self.entries)
         return list(counts.items())
 
+    def follow(self, entries: list[Entry], branches: list[str]) -> None:
+        """Take over what the first rank read from disk."""
+        self.entries, self.branches = list(entries), list(branches)
+
     def _append(self, line: dict[str, object]) -> None:
         chain = _link(self._chain, line)
         self._file.write(json.dumps({**line, "chain": chain}).encode() + b"\n")
@@ -138,6 +142,28 @@ class Ledger:
                 self.branches.append(line["name"])
             else:
                 self.entries.append(entry)
+
+
+class Replica(Ledger):
+    """The ledger as ranks hold it that do not keep the run folder: in memory, charged with the same entries.
+
+    Guarantee: the first rank's line is on disk before it gives its share to a sum, and without that share no rank has the
+    sum. So what is charged here was paid for on disk when anything can come of it.
+
+    Args:
+        path: of the first rank's ledger, for messages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.branches = [], []
+        self._chain = ""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _append(self, line: dict[str, object]) -> None:
+        """The first rank writes."""
 
 
 def _link(chain: str, line: dict[str, object]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import ALONE, Ranks
 from privzoo.privacy.streams import RunKey
 
 MicroBatch = dict[str, Tensor]
@@ -47,7 +48,7 @@ class DrawnRows(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class LogicalBatch:
-    """One Poisson draw, cut into micro-batches of similar length. It may be empty.
+    """One Poisson draw, or a rank's share of it, cut into micro-batches of similar length. It may be empty.
 
     Attributes:
         release: index of the release that the draw is for.
@@ -89,6 +90,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
         microbatch_size: rows a micro-batch at most, but that a unit is never cut; memory only.
         rows_of_unit: of each unit of privacy, the numbers of its rows; None: every row is a unit. Units are drawn, with
             all their rows.
+        ranks: of several processes each gets its share of the units of every draw, which all of them make.
     Raises:
         ValueError: if the plan was made for another number of units, or the rows are not dealt out to them one by one.
     """
@@ -101,6 +103,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
         length: Callable[[Any], int],
         microbatch_size: int,
         rows_of_unit: Sequence[Sequence[int]] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         units = len(rows if rows_of_unit is None else rows_of_unit)
         if units != draws.plan.num_examples:
@@ -108,6 +111,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
         if rows_of_unit is not None:
             _check_dealt_out(rows_of_unit, len(rows))
         self.rows_of_unit = rows_of_unit
+        self.ranks = ranks
         self.rows = rows
         self.draws = draws
         self.collate = collate
@@ -120,12 +124,13 @@ class PoissonBatches(Dataset[LogicalBatch]):
     def __getitem__(self, release: int) -> LogicalBatch:
         drawn = [(int(unit), self._rows_of(int(unit))) for unit in self.draws(release)]
         drawn.sort(key=lambda each: max(map(self.length, each[1])), reverse=True)
-        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in self._parts(drawn)))
+        parts = self._parts(self.ranks.share(drawn))
+        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts))
 
     def _rows_of(self, unit: int) -> list[Any]:
         return [self.rows[int(row)] for row in ([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])]
 
-    def _parts(self, drawn: list[tuple[int, list[Any]]]) -> Iterator[list[tuple[int, list[Any]]]]:
+    def _parts(self, drawn: Sequence[tuple[int, list[Any]]]) -> Iterator[list[tuple[int, list[Any]]]]:
         """Whole units, as many as fit; one that is too large is a part by itself."""
         part: list[tuple[int, list[Any]]] = []
         for unit in drawn:

@@ -1,0 +1,192 @@
+"""A run of several processes ("ranks"): starts them on this machine, or finds that torchrun or srun has started them.
+
+    python -m privzoo.launch <order>     one rank, as `launch` starts it
+
+A rank tells how it ended by a file; `launch` raises in the command's own process what is to be said, once. Ranks end with
+the command, whatever ended it: each holds the reading end of a pipe that closes with it.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from privzoo.cli import explain
+from privzoo.errors import RunLost, Stopped, UserError
+from privzoo.results import RunRecord, read_record
+from privzoo.run_folder import RunFolder, record_in
+
+GRACE_S = 20.0  # for the other ranks to notice that one is gone
+CAUSES = ("Bug", "UserError", "Stopped", "RunLost", "RankLost")  # of a rank's end, the last of which has one elsewhere
+
+
+def fine_tune(folder: RunFolder) -> RunRecord:
+    """Fine-tune as the folder's configuration says, in this process or in as many as `trainer.devices` asks for.
+
+    Raises:
+        UserError, Stopped, RunLost: as `privzoo.run.run` does on any rank; RunLost too if a rank was killed.
+    """
+    if folder.cfg.trainer.devices > 1:
+        return launch(folder)
+    from privzoo.run import run  # torch takes seconds: only when there is something to train
+
+    record = run(folder)
+    assert record is not None
+    return record
+
+
+def launch(folder: RunFolder) -> RunRecord:
+    """A run of `trainer.devices` processes on this machine; see `fine_tune`."""
+    count = folder.cfg.trainer.devices
+    with tempfile.TemporaryDirectory(prefix="privzoo-ranks-") as place:
+        order = {"path": str(folder.path), "config": folder.plain_config(), "overrides": list(folder.overrides)}
+        (Path(place) / "order.json").write_text(json.dumps(order))
+        port = _free_port()
+        ranks = [_start(Path(place), rank, count, port) for rank in range(count)]
+        try:
+            with _forwarding_signals(ranks):
+                codes = _codes(ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        _raise_what_happened(folder, codes, Path(place))
+    return read_record(folder.path)
+
+
+def _start(place: Path, rank: int, count: int, port: int) -> subprocess.Popen:
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    command = [sys.executable, "-m", "privzoo.launch", str(place)]
+    if rank == 0:  # speaks for all
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+    with open(place / f"{rank}.output", "wb") as output:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _forwarding_signals(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to every rank, each of which ends as a run of one process would."""
+
+    def forward(number: int, frame: Any) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _codes(ranks: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes, once all have ended; None for one that did not within some time after another failed."""
+    deadline = None
+    while any(rank.poll() is None for rank in ranks):
+        failed = any(rank.returncode not in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM) for rank in ranks)
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return [rank.returncode for rank in ranks]
+
+
+def _raise_what_happened(folder: RunFolder, codes: list[int | None], place: Path) -> None:
+    """The cause first: a rank that was killed, then a bug, a user's mistake, a stop; then what the others made of it."""
+    go_on = f"go on with resume={folder.path}" if folder.ledger.exists() else "start it again"
+    told: list[tuple[int, int, dict[str, Any]]] = []
+    for rank, code in enumerate(codes):
+        file = place / f"{rank}.json"
+        if code and not file.exists():
+            output = place / f"{rank}.output"
+            sys.stderr.write(output.read_text(errors="replace")[-2000:] if output.exists() else "")
+            raise RunLost(f"Rank {rank} of {len(codes)} was ended by {_named(code)}: {go_on}.")
+        if code:
+            end = json.loads(file.read_text())
+            told.append((CAUSES.index(end["kind"]), rank, end))
+    if not told:
+        return
+    _, rank, end = min(told, key=lambda each: each[:2])
+    if end["kind"] == "Bug":
+        sys.stderr.write(end["sentence"])
+        raise RunLost(f"Rank {rank} of {len(codes)} ended with the error above: {go_on}.")
+    if end["kind"] == "Stopped":
+        raise Stopped(end["sentence"], end["number"])
+    raise (UserError if end["kind"] == "UserError" else RunLost)(end["sentence"])
+
+
+def _named(code: int) -> str:
+    return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+
+
+# ---- a rank
+
+
+def main() -> None:
+    """One rank of a run, as `launch` started it."""
+    place, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    code, told = 0, None
+    try:
+        _run(json.loads((place / "order.json").read_text()))
+    except KeyboardInterrupt as stop:
+        number = stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT
+        code, told = 128 + number, {"kind": "Stopped", "sentence": str(stop) or "stopped by Ctrl-C.", "number": number}
+    except Exception as error:
+        code, sentence = explain(error)
+        kind = "Bug" if sentence is None else "UserError" if code == 2 else type(error).__name__
+        kind = kind if kind in CAUSES else "RunLost"
+        told = {"kind": kind, "sentence": sentence or traceback.format_exc()}
+    if told is not None:
+        (place / f"{rank}.new").write_text(json.dumps(told))
+        os.rename(place / f"{rank}.new", place / f"{rank}.json")
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for threads of a process group whose other half may be gone
+
+
+def _run(order: dict[str, Any]) -> None:
+    from privzoo.privacy.ranks import join_ranks, leave_ranks
+    from privzoo.run import run
+
+    path, cfg = Path(order["path"]), OmegaConf.create(order["config"])
+    assert isinstance(cfg, DictConfig)
+    ranks = join_ranks()
+    run(RunFolder(path, cfg, record_in(path), tuple(order["overrides"])), ranks)
+    leave_ranks()
+
+
+def _end_with_the_command() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

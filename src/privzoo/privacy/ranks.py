@@ -1,0 +1,178 @@
+"""Several processes ("ranks") on one run: each treats its share of one Poisson draw, and sums are added up once a release.
+
+Between two releases ranks hold the same weights, draw the same examples and add the same noise: draws and noise are keyed
+streams of one run key, and noise goes on the total, after the sums were added up, once. So a release is the very mechanism
+that one process makes, whatever the number of ranks; what they make of different shares differs by rounding alone.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from privzoo.errors import RunLost, UserError, first_line
+
+BUCKET = 1 << 23  # values that travel together: 32 MiB of float32
+PATIENCE = timedelta(days=7)  # a rank may wait long for another's share or scores; one that died closes its connection
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run; by default it is alone, and nothing below does or costs anything.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of all processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process keeps the run folder: ledger, checkpoints, record."""
+        return self.rank == 0
+
+    def share(self, drawn: Sequence[T]) -> Sequence[T]:
+        """What this rank treats of a draw that all ranks hold in the same order.
+
+        Every element is of exactly one rank's share. Dealt out in turn, so that of elements in the order of their length
+        all ranks get about as many and as long ones.
+
+        >>> [list(Ranks(rank, 3).share([0, 1, 2, 3])) for rank in range(3)]
+        [[0, 3], [1], [2]]
+        """
+        return drawn[self.rank :: self.count]
+
+    def add_up(self, sums: Mapping[str, Tensor]) -> None:
+        """Replaces each tensor, in place, by the total over all ranks: the same bits on every rank.
+
+        Args:
+            sums: contiguous, with the same names, shapes and types in the same order on every rank.
+        Raises:
+            RankLost: if another rank has ended.
+        """
+        if self.count == 1:
+            return
+        with _together():
+            for bucket in _buckets(sums.values()):
+                if len(bucket) == 1:
+                    dist.all_reduce(bucket[0])
+                    continue
+                flat = torch.cat([value.view(-1) for value in bucket])
+                dist.all_reduce(flat)
+                for value, part in zip(bucket, flat.split([value.numel() for value in bucket]), strict=True):
+                    value.copy_(part.view_as(value))
+
+    def any_stops(self, stop: bool, weights: str) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer, at the same place.
+
+        Args:
+            stop: whether this one was.
+            weights: fingerprint (hexadecimal SHA-256) of what the next sum will be taken at.
+        Raises:
+            RuntimeError: if the weights are not the same on every rank: their sums would be of different queries.
+            RankLost: if another rank has ended.
+        """
+        if self.count == 1:
+            return stop
+        own = torch.tensor([int(stop), *bytes.fromhex(weights)], dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        with _together():
+            dist.all_gather(found, own)
+        if any(not torch.equal(each[1:], own[1:]) for each in found):
+            raise RuntimeError("Weights are not the same on every rank: sums of different queries would be added up.")
+        return any(bool(each[0]) for each in found)
+
+    def from_first(self, value: T) -> T:
+        """The first rank's value, on every rank. What other ranks give is not looked at.
+
+        Raises:
+            RankLost: if another rank has ended.
+        """
+        if self.count == 1:
+            return value
+        held: list[Any] = [value]
+        with _together():
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def all_of(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank.
+
+        Raises:
+            RankLost: if another rank has ended.
+        """
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        with _together():
+            dist.all_gather_object(found, value)
+        return found
+
+    def require_equal(self, what: str, value: str) -> None:
+        """Raises UserError on every rank if `value` is not the same on all."""
+        found = self.all_of(value)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise UserError(f"Expected the same {what} on every rank, found others on rank {rank} than on rank 0.")
+
+
+ALONE = Ranks()
+
+
+def join_ranks() -> Ranks:
+    """Meet the other ranks as the environment says, which is that of torchrun: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    Without these variables a process is alone. Tensors on a CPU travel by gloo, those on a GPU by NCCL.
+
+    Raises:
+        RankLost: if they do not meet.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return ALONE
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _together():
+        dist.init_process_group(backend, timeout=PATIENCE)
+    return Ranks(dist.get_rank(), count)
+
+
+def leave_ranks() -> None:
+    """Lets the other ranks know that this process takes no further part; afterwards another group may be joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class RankLost(RunLost):
+    """Another process of the run is not there any more; its own message tells more than this one."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of all kinds that torch.distributed has
+        raise RankLost(
+            f"Another process of the run has ended ({first_line(error)}): go on with resume=<run folder>."
+        ) from error
+
+
+def _buckets(values: Any) -> Iterator[list[Tensor]]:
+    """Tensors of one type and device, together at most `BUCKET` values (or one alone)."""
+    bucket: list[Tensor] = []
+    for value in values:
+        alike = bucket and (value.dtype, value.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or sum(each.numel() for each in bucket) + value.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(value)
+    if bucket:
+        yield bucket

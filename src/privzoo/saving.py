@@ -1,0 +1,39 @@
+"""What a finished run leaves for others: the model in transformers' own format, alone or merged with its base."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from privzoo.composition import build
+from privzoo.errors import RunLost, first_line
+from privzoo.models.adapters import merge
+from privzoo.run_folder import RunFolder
+from privzoo.tasks.base import Task
+
+
+def save_model(path: Path, model: Any, processor: Any) -> None:
+    """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all.
+
+    Raises:
+        RunLost: if they cannot be written, for example to a full disk.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:  # of a full disk safetensors makes an error of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunLost(
+            f"{path} cannot be written ({first_line(error)}): make room and go on with resume={path.parent}."
+        ) from error
+
+
+def save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
+    """Write the base in full precision with the saved adapter merged into it."""
+    base = build(folder.cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=folder.cfg.seed, quantization=None)
+    save_model(folder.merged, merge(base.model, folder.model), processor)
