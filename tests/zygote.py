@@ -8,9 +8,11 @@ On each connection it reads one JSON request a line and answers one JSON line.
 A request: {"module": "privzoo.train", "argv": […]}, and where wanted
 "kill": {"at": "fsync ledger.jsonl", "count": 3, "when": "before"}, "draws": a file, "started": a file for the process id,
 "folder": where the command starts and looks for modules, "rows": {"train": 1000, "validation": 100}, the first rows of the
-toy data, "script": Python to run in place of a module, "environment": all of it, "terminal": a device to read from and write
-to. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink; "torn ledger.jsonl" leaves half
-a line behind. The answer: {"code": exit code, negative for a signal; "output": text}.
+toy data, "script": Python to run in place of a module, "ranks": how many processes run it, as torchrun would start them,
+"environment": all of it, "terminal": a device to read from and write to. Ranks that privzoo itself starts are forked, too;
+"kill_rank" is the one that is killed. `kill.at` is "<call> <file name>" with call one of fsync, replace, rename, unlink;
+"torn ledger.jsonl" leaves half a line behind; "draw rows" is the count-th draw. The answer: {"code": exit code, negative for
+a signal; "output": text}.
 """
 
 import atexit
@@ -23,10 +25,13 @@ import pickle
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 from functools import cache, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 
@@ -55,7 +60,11 @@ def install_kill(at: str, count: int, when: str) -> None:
 
         return wrapped
 
-    if call in ("fsync", "torn"):
+    if call == "draw":
+        from privzoo.privacy.sampling import PoissonDraws
+
+        PoissonDraws.__call__ = wrap(PoissonDraws.__call__, lambda draws, release: wanted)
+    elif call in ("fsync", "torn"):
         os.fsync = wrap(os.fsync, lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
     elif call in ("replace", "rename"):
         setattr(os, call, wrap(getattr(os, call), lambda source, target: str(target)))
@@ -146,6 +155,88 @@ def shorten_toy_data(rows: dict[str, int]) -> None:
         setattr(toyworld, name, lambda split, whole=whole: whole(split)[: rows[split]])
 
 
+class ForkedPopen:
+    """What privzoo.launch asks of subprocess.Popen, without the seconds of imports: the command runs in a forked child."""
+
+    def __init__(self, command, env, stdin, stdout=None, stderr=None, start_new_session=True):
+        reading, self.writing = os.pipe()
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            os.close(reading)
+            return
+        os.close(self.writing)
+        os.setsid()
+        os.dup2(reading, 0)
+        if stdout is not None:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.environ.update(env)
+        code = 99
+        try:
+            self.prepare(int(env["RANK"]))
+            run_as_main(command[2], command[3:])
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_ranks(kill: dict | None, kill_rank: int | None) -> None:
+    """privzoo.launch forks its ranks; a kill waits for one of them."""
+    from privzoo import launch
+
+    ForkedPopen.prepare = lambda self, rank: install_kill(**kill) if kill and rank == kill_rank else None
+    launch.subprocess = SimpleNamespace(Popen=ForkedPopen, PIPE=subprocess.PIPE)
+
+
+def become_ranks(count: int) -> list[int]:
+    """From here on this process is rank 0, with forked others; returns their numbers, on rank 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    others = []
+    for rank in range(1, count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return []
+        others.append(pid)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    return others
+
+
+def run_as_main(module: str, argv: list[str]) -> None:
+    sys.argv = [module, *argv]
+    sys.modules.pop(module, None)  # as in a process that has not imported it
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def child(request: dict, output: int) -> None:
     os.setsid()
     terminal = request.get("terminal")
@@ -156,7 +247,6 @@ def child(request: dict, output: int) -> None:
     if request.get("environment"):
         os.environ.clear()
         os.environ.update(request["environment"])
-    sys.argv = [request["module"], *request["argv"]]
     if request.get("folder"):
         os.chdir(request["folder"])
         sys.path.insert(0, request["folder"])
@@ -164,14 +254,17 @@ def child(request: dict, output: int) -> None:
         shorten_toy_data(request["rows"])
     if request.get("draws"):
         record_draws(request["draws"])
-    if request.get("kill"):
+    if request["module"] == "privzoo.train":
+        fork_ranks(request.get("kill"), request.get("kill_rank"))
+    if request.get("kill") and "kill_rank" not in request:
         install_kill(**request["kill"])
+    others = become_ranks(request["ranks"]) if request.get("ranks") else []
     try:
         if request.get("script"):
             exec(request["script"], {"__name__": "__main__"})
             atexit._run_exitfuncs()
         else:
-            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+            run_as_main(request["module"], request["argv"])
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -182,6 +275,8 @@ def child(request: dict, output: int) -> None:
         code = 99  # a traceback: never right
     sys.stdout.flush()
     sys.stderr.flush()
+    for pid in others:
+        code = code or os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os._exit(code)
 
 

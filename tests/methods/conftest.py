@@ -15,6 +15,8 @@ from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.privacy.clipping import BookKeeping
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import ALONE
+from privzoo.privacy.replicas import over_ranks
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import pad_right, padding_mask
@@ -70,12 +72,13 @@ class Recorder(Callback):
     """The trained weights after each release, and the micro-batches of each; a checkpoint on the way, if asked for."""
 
     def __init__(self):
-        self.weights, self.sizes = [], []
+        self.weights, self.sizes, self.examples = [], [], []
         self.save_after, self.save_to = None, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
         self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
+        self.examples.append([int(each) for m in batch.micro_batches for each in m.examples])
         if trainer.global_step == self.save_after:
             trainer.save_checkpoint(self.save_to)
 
@@ -92,9 +95,10 @@ class Run:
     def fit(self, start=0, checkpoint=None, accelerator="cpu", callbacks=(), precision=None):
         """All releases from `start` on, which begin from a checkpoint unless it is 0."""
         trainer = Trainer(
-            accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+            accelerator=accelerator, max_epochs=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             use_distributed_sampler=False, precision=precision, callbacks=[*callbacks, self.recorder],
+            **over_ranks(self.method.ranks),
         )  # fmt: skip
         trainer.fit(self.method, private_loader(self.batches, start), ckpt_path=checkpoint)
         return trainer
@@ -105,26 +109,28 @@ class Run:
         return self.fit()
 
 
+def run_of(
+    plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
+    optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, units=None, ranks=ALONE, **options,
+):  # fmt: skip
+    """A run over ROWS, by default DP-Adam on everything."""
+    key, task = RunKey.for_tests(seed), task or Texts()
+    if units is not None:  # rows beyond the first N are those again
+        task.rows_of_unit, rows = units, [*rows, *rows][: sum(map(len, units))]
+    options |= {"engine": engine} if kind is FirstOrder else {}
+    mechanism = NoiseMechanism(plan, key, "digest")
+    method = kind(model or encoder(), task, mechanism, trainable, new_head, optimizer, lr, ranks=ranks, **options)
+    draws = PoissonDraws(plan, key, "digest")
+    batches = PoissonBatches(
+        rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size, task.rows_of_unit, ranks
+    )
+    return Run(method.train(), draws, batches, Recorder())
+
+
 @pytest.fixture
 def make_run():
-    """`make_run(plan, trainable="biases", …)`: a run over ROWS, by default DP-Adam on everything."""
-
-    def make(
-        plan, trainable="all", seed=0, microbatch_size=100, rows=ROWS, model=None, new_head=HEAD, engine=BookKeeping,
-        optimizer=ADAM, lr=1e-2, task=None, kind=FirstOrder, units=None, **options,
-    ):  # fmt: skip
-        key, task = RunKey.for_tests(seed), task or Texts()
-        if units is not None:  # rows beyond the first N are those again
-            task.rows_of_unit, rows = units, [*rows, *rows][: sum(map(len, units))]
-        options |= {"engine": engine} if kind is FirstOrder else {}
-        method = kind(
-            model or encoder(), task, NoiseMechanism(plan, key, "digest"), trainable, new_head, optimizer, lr, **options
-        )
-        draws = PoissonDraws(plan, key, "digest")
-        batches = PoissonBatches(rows, draws, task.collate, lambda row: len(row["ids"]), microbatch_size, task.rows_of_unit)
-        return Run(method.train(), draws, batches, Recorder())
-
-    return make
+    """`make_run(plan, trainable="biases", …)`: see `run_of`."""
+    return run_of
 
 
 @pytest.fixture

@@ -1,0 +1,127 @@
+"""A run over two real processes: the same draw, the same noise, the same weights as of one process (PRIVACY 17 and 18)."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from privzoo.methods.directions import SeededSGD
+from privzoo.methods.zeroth_order import ZerothOrder
+from privzoo.models.adapters import wrap
+from privzoo.privacy.clipping import GhostTwoPass, Loop
+from privzoo.privacy.clipping.adaptive import AdaptiveClip
+from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import ALONE
+
+NOTHING = [{"ids": [2, 3, 4], "label": 0, "strength": 0.0}] * 40  # a loss that is 0 whatever the weights
+TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}  # peft's are float32
+WALK = {"kind": ZerothOrder, "optimizer": SeededSGD}
+CASES = {
+    "dp_full": {},
+    "dp_bitfit": {"trainable": "biases"},
+    "dp_head": {"trainable": "head"},
+    "dp_lora": {"trainable": "adapter", "adapter": partial(wrap, tuner=partial(LoraConfig, r=2, lora_alpha=4))},
+    "loop": {"engine": Loop},
+    "ghost_two_pass": {"engine": GhostTwoPass},
+    "adaptive": {"adaptive": partial(AdaptiveClip, count_noise=3.0)},
+    "dpzero": WALK,
+    "dpzero with 3 directions": {**WALK, "directions": 3},
+    "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]},
+    "nothing but noise": {"rows": NOTHING, "optimizer": torch.optim.SGD, "lr": 1.0, "schedule": "constant"},
+}
+WITH_NOISE = ("dp_full", "adaptive", "dpzero with 3 directions")
+SCRIPT = """
+import sys, torch
+sys.path[:0] = [{folder!r}]
+from conftest import run_of
+import test_ranks
+from privzoo.privacy.ranks import join_ranks, leave_ranks
+ranks = join_ranks()
+for number, wanted in enumerate(test_ranks.WANTED):
+    run = test_ranks.made(run_of, *wanted, ranks)
+    run.fit()
+    torch.save((run.recorder.weights, run.recorder.examples), f"{out}/{{number}}.{{ranks.rank}}")
+leave_ranks()
+"""
+
+
+# What both ranks run: a case, whether with noise, and at which batch size.
+WANTED = [
+    *((case, False, 8) for case in CASES),
+    *((case, True, 8) for case in WITH_NOISE),
+    ("nothing but noise", True, 1),
+    ("dp_full", True, 1),
+]
+
+
+def made(run_of, case, noise, batch_size, ranks):
+    """A run of one of the cases, in whatever process; `noise=False` leaves out the noise, and nothing else.
+
+    Noise and directions are keyed by the weights, which ranks and one process round otherwise: here by the release alone.
+    """
+    plan = PrivacyPlan(num_examples=40, batch_size=batch_size, epochs=1.0, delta=1e-3, clip_norm=0.5, noise_multiplier=2.0)
+    options = {name: value() if name == "adaptive" else value for name, value in CASES[case].items()}
+    run = run_of(plan, ranks=ranks, microbatch_size=3, **options)
+    run.method._fingerprint = lambda: "00" * 32
+    if not noise:
+        run.method.mechanism._add_noise = lambda *_: None
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_two(privzoo, tmp_path_factory, request):
+    """`on_two("dp_full", noise, batch_size)`: of both ranks the weights after each release, and the drawn examples."""
+    out = tmp_path_factory.mktemp("ranks")
+    code, output = privzoo(script=SCRIPT.format(folder=str(request.path.parent), out=str(out)), ranks=2)
+    assert code == 0, output
+    return lambda *wanted: [torch.load(out / f"{WANTED.index(wanted)}.{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case, on_two, make_run):
+    """Ranks hold the same bits after every release, and to rounding those of one process with the same key."""
+    (weights, examples), (others, of_others) = on_two(case, False, 8)
+    alone = made(make_run, case, False, 8, ALONE)
+    alone.fit()
+    assert len(weights) == len(others) == 5
+    for release, (mine, yours, expected) in enumerate(zip(weights, others, alone.recorder.weights, strict=True)):
+        for name, value in expected.items():
+            assert torch.equal(mine[name], yours[name]), (release, name)
+            torch.testing.assert_close(mine[name], value, **TOLERANCE[value.dtype])
+        shares, whole = (set(examples[release]), set(of_others[release])), set(alone.draws(release).tolist())
+        assert not shares[0] & shares[1]
+        assert shares[0] | shares[1] == whole, "the shares are one Poisson draw"
+        assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+@pytest.mark.parametrize("case", WITH_NOISE)
+def test_noise_is_that_of_one_process(case, on_two, make_run):
+    """Added once to the total, on every rank alike."""
+    (weights, _), (others, _) = on_two(case, True, 8)
+    alone = made(make_run, case, True, 8, ALONE)
+    alone.fit()
+    for name, value in alone.recorder.weights[-1].items():
+        torch.testing.assert_close(weights[-1][name], value, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(mine[name], yours[name]) for mine, yours in zip(weights, others, strict=True) for name in mine)
+
+
+def test_noise_is_drawn_once_for_all(on_two):
+    """Gradients of 0, by SGD at a rate of 1: what moves the weights is noise alone, of standard deviation sigma C / B."""
+    (weights, _), (others, _) = on_two("nothing but noise", True, 1)
+    moves = [b[name] - a[name] for a, b in itertools.pairwise(weights) for name in a]
+    drawn = torch.cat([move.flatten() for move in moves])
+    assert len(drawn) > 40_000
+    assert float(drawn.std()) == pytest.approx(2.0 * 0.5 / 1, rel=0.02)
+    assert abs(float(drawn.mean())) < 0.02
+    assert all(torch.equal(mine[name], yours[name]) for mine, yours in zip(weights, others, strict=True) for name in mine)
+
+
+def test_uneven_and_empty_draws_hang_nothing(on_two):
+    """Of 40 draws at q = 1/40 many are empty and most of the others are of one example."""
+    (weights, examples), (others, of_others) = on_two("dp_full", True, 1)
+    counts = [len(mine) + len(yours) for mine, yours in zip(examples, of_others, strict=True)]
+    assert len(counts) == 40
+    assert {0, 1} <= set(counts)
+    assert all(torch.equal(weights[-1][name], others[-1][name]) for name in weights[-1])

@@ -1,0 +1,140 @@
+"""`trainer.devices=2`: one command, two processes, one run folder."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+RUN = ("task=toy_text", "method=dp_full", "eps=8", "trainer.devices=2", "trainer.accelerator=cpu", "epochs=0.6",
+       "batch_size=100", "lr=1e-3", "trainer.checkpoint_every=2", "trainer.progress=false")  # fmt: skip
+SEEDED = (*RUN, "privacy.noise_seed=5")
+
+
+@pytest.fixture(scope="module")
+def whole(privzoo_on_few_rows, tmp_path_factory):
+    """A run of six releases that nothing disturbs: its folder and what it said."""
+    out = tmp_path_factory.mktemp("whole")
+    code, output = privzoo_on_few_rows(*SEEDED, f"output_dir={out}")
+    assert code == 0, output
+    (folder,) = out.iterdir()
+    return folder, output
+
+
+def ledger_of(folder):
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_one_run_of_two_processes(whole):
+    folder, output = whole
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["state"], record["devices"], record["steps"]) == ("finished", 2, 6)
+    assert [line["release"] for line in ledger_of(folder)] == list(range(6))
+    assert output.count("2 × cpu") == 1
+    assert "Warning" not in output
+    assert not (folder / "run.key").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_which_goes_on(rank, whole, privzoo_on_few_rows, tmp_path):
+    """PRIVACY 35: what was lost is computed again, pays once, and comes to the same weights."""
+    kill = {"at": "draw rows", "count": 4, "when": "before"}
+    code, output = privzoo_on_few_rows(*SEEDED, f"output_dir={tmp_path}", kill=kill, kill_rank=rank)
+    (folder,) = tmp_path.iterdir()
+    assert code == 1, output
+    assert f"privzoo: Rank {rank} of 2 was ended by signal 9 (SIGKILL): go on with resume={folder}." in output
+    assert "Traceback" not in output
+    assert len(ledger_of(folder)) >= 3
+    code, output = privzoo_on_few_rows(f"resume={folder}", "trainer.progress=false")
+    assert code == 0, output
+    assert [line["release"] for line in ledger_of(folder)] == list(range(6))
+    assert weights_of(folder) == weights_of(whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_both_with_a_checkpoint(number, whole, second_zygote, privzoo_on_few_rows, tmp_path):
+    answers = []
+
+    def command():
+        request = {"rows": {"train": 1000, "validation": 100}, "started": str(tmp_path / "pid")}
+        answers.append(second_zygote(*SEEDED, f"output_dir={tmp_path}/runs", **request))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    folder = wait_for(lambda: next((tmp_path / "runs").glob("toy*"), None))
+    wait_for(lambda: len(ledger_of(folder)) >= 2)
+    os.kill(int((tmp_path / "pid").read_text()), number)
+    thread.join()
+    code, output = answers[0]
+    assert code == 128 + number, output
+    assert f"go on with: python -m privzoo.train resume={folder}" in output
+    assert json.loads((folder / "result.json").read_text())["state"] == "interrupted"
+    code, output = privzoo_on_few_rows(f"resume={folder}", "trainer.progress=false")
+    assert code == 0, output
+    assert weights_of(folder) == weights_of(whole[0])
+
+
+def test_ranks_end_with_the_command(second_zygote, tmp_path):
+    """A command that is killed leaves no process behind; the run can go on."""
+    thread = threading.Thread(
+        target=lambda: second_zygote(*SEEDED, "epochs=200", f"output_dir={tmp_path}/runs", started=str(tmp_path / "pid"))
+    )
+    thread.start()
+    folder = wait_for(lambda: next((tmp_path / "runs").glob("toy*"), None))
+    wait_for(lambda: len(ledger_of(folder)) >= 1)
+    command = int((tmp_path / "pid").read_text())
+    ranks = [int(each) for each in Path(f"/proc/{command}/task/{command}/children").read_text().split()]
+    assert len(ranks) == 2
+    os.kill(command, signal.SIGKILL)
+    thread.join()
+    wait_for(lambda: not any(running(rank) for rank in ranks))
+    assert json.loads((folder / "result.json").read_text())["state"] == "interrupted"
+
+
+def test_a_mistake_is_told_once(privzoo, tmp_path):
+    code, output = privzoo(*RUN, "clip_norm=1e-30", f"output_dir={tmp_path}", "model.path=/nowhere")
+    assert code == 2
+    assert output.count("privzoo: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_number_of_ranks_draws_and_pays_anew(privzoo_on_few_rows, tmp_path):
+    """PRIVACY 35: of a release that was lost on two ranks and made on one, both are paid for, within epsilon."""
+    kill = {"at": "draw rows", "count": 4, "when": "before"}
+    code, _ = privzoo_on_few_rows(*RUN, f"output_dir={tmp_path}", kill=kill, kill_rank=1)
+    assert code == 1
+    (folder,) = tmp_path.iterdir()
+    made = len(ledger_of(folder))
+    code, output = privzoo_on_few_rows(f"resume={folder}", "trainer.devices=1", "trainer.progress=false")
+    assert code == 0, output
+    lines, record = ledger_of(folder), json.loads((folder / "result.json").read_text())
+    assert len({line["digest"] for line in lines}) == 2
+    assert lines[made]["release"] == 2, "the first one after the checkpoint"
+    assert record["state"] == "stopped_at_epsilon"
+    assert record["epsilon_spent"] <= 8
+
+
+def wait_for(found):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if value := found():
+                return value
+        except OSError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
