@@ -121,6 +121,52 @@ def test_another_number_of_ranks_draws_and_pays_anew(privzoo_on_few_rows, tmp_pa
     assert record["epsilon_spent"] <= 8
 
 
+def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
+    """Each is the command itself, as srun starts it, too; in a sweep they go from run to run together."""
+    few = [each for each in RUN if not each.startswith(("eps=", "task="))]
+    command = ("-m", "task=toy_text", "eps=3,8", *few, f"output_dir={tmp_path}")
+    code, output = privzoo_on_few_rows(*command, ranks=2)
+    assert code == 0, output
+    assert output.count("2 × cpu") == 2
+    for folder in tmp_path.glob("toy*"):
+        assert json.loads((folder / "result.json").read_text())["state"] == "finished"
+        assert len(ledger_of(folder)) == 6
+    code, output = privzoo_on_few_rows(*command, ranks=2)
+    assert code == 0, output
+    assert output.count("is finished already") == 2
+    code, output = privzoo_on_few_rows(*RUN, "trainer.devices=3", f"output_dir={tmp_path}", ranks=2)
+    assert code == 2
+    assert "Expected trainer.devices=3 to be 2, the processes that were started." in output
+    (folder,) = tmp_path.glob("*eps8*")
+    (folder / "result.json").write_text((folder / "result.json").read_text().replace("finished", "interrupted"))
+    code, output = privzoo_on_few_rows(*RUN, f"output_dir={tmp_path}", ranks=2)
+    assert code == 2
+    assert output.count("holds an unfinished run of this configuration") == 2, "a sentence of each process"
+
+
+def test_ranks_that_see_other_data(privzoo, tmp_path):
+    script = f"""
+from pathlib import Path
+from privzoo.identity import digest_on_ranks
+from privzoo.privacy.ledger import Ledger, Replica
+from privzoo.privacy.ranks import join_ranks, leave_ranks
+ranks = join_ranks()
+path = Path({str(tmp_path)!r}, "ledger.jsonl")
+ledger = Ledger(path) if ranks.first else Replica(path)
+if ranks.first:
+    ledger.branch("a test")
+assert digest_on_ranks(ranks, ledger, lambda: "digest of " + ledger.branches[0]).startswith("digest of ")
+try:
+    digest_on_ranks(ranks, ledger, lambda: f"of data on rank {{ranks.rank}}")
+except ValueError as error:
+    print(error)
+leave_ranks()
+"""
+    code, output = privzoo(script=script, ranks=2)
+    assert code == 0, output
+    assert output.count("Expected the same configuration, data, weights, code and versions on every rank") == 2
+
+
 def wait_for(found):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

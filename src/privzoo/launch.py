@@ -26,33 +26,98 @@ from omegaconf import DictConfig, OmegaConf
 from privzoo.cli import explain
 from privzoo.errors import RunLost, Stopped, UserError
 from privzoo.results import RunRecord, read_record
-from privzoo.run_folder import RunFolder, record_in
+from privzoo.run_folder import RunFolder, open_folder, record_in
 
 GRACE_S = 20.0  # for the other ranks to notice that one is gone
 CAUSES = ("Bug", "UserError", "Stopped", "RunLost", "RankLost")  # of a rank's end, the last of which has one elsewhere
 
 
-def fine_tune(folder: RunFolder) -> RunRecord:
-    """Fine-tune as the folder's configuration says, in this process or in as many as `trainer.devices` asks for.
+def fine_tune(folder: RunFolder) -> RunRecord | None:
+    """Fine-tune as the folder's configuration says, in as many processes as `trainer.devices` asks for.
 
+    Returns:
+        The record, that of a finished run at once; None in a process that torchrun or srun started as another than the
+        first.
     Raises:
         UserError, Stopped, RunLost: as `privzoo.run.run` does on any rank; RunLost too if a rank was killed.
     """
+    if is_a_rank():
+        from privzoo.privacy.ranks import join_ranks
+        from privzoo.run import run
+
+        ranks = join_ranks()
+        return run(folder, ranks) if not folder.is_done else folder.record if ranks.first else None
+    if folder.is_done:
+        return folder.record
     if folder.cfg.trainer.devices > 1:
         return launch(folder)
     from privzoo.run import run  # torch takes seconds: only when there is something to train
 
-    record = run(folder)
-    assert record is not None
-    return record
+    return run(folder)
+
+
+def is_a_rank() -> bool:
+    """Whether torchrun or srun started several of this command, each to be one process of the run."""
+    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def as_a_rank(cfg: DictConfig) -> RunFolder:
+    """The folder of the run, as the first rank finds it: the others would come upon what that one has just made.
+
+    Raises:
+        UserError: as `open_folder`, on every rank; if `trainer.devices` is not the number of processes.
+    """
+    from privzoo.privacy.ranks import join_ranks
+
+    if "WORLD_SIZE" not in os.environ:
+        _name_ranks_of_slurm()
+    ranks = join_ranks()
+    if cfg.trainer.devices != ranks.count:
+        raise UserError(
+            f"Expected trainer.devices={cfg.trainer.devices} to be {ranks.count}, the processes that were started."
+        )
+    order: dict[str, Any] = {}
+    if ranks.first:
+        try:
+            order = _order_of(open_folder(cfg))
+        except UserError as error:
+            order = {"refusal": str(error)}
+    order = ranks.from_first(order)
+    if "refusal" in order:
+        raise UserError(order["refusal"])
+    return _folder_of(order)
+
+
+def _name_ranks_of_slurm() -> None:
+    """The variables of torchrun from those of srun."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    found: dict[str, object] = {
+        "RANK": slurm.global_rank(),
+        "WORLD_SIZE": slurm.world_size(),
+        "LOCAL_RANK": slurm.local_rank(),
+    }
+    here = slurm.world_size() // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    found |= {"LOCAL_WORLD_SIZE": here, "MASTER_ADDR": slurm.main_address, "MASTER_PORT": slurm.main_port}
+    os.environ.update({name: str(value) for name, value in found.items()})
+
+
+def _order_of(folder: RunFolder) -> dict[str, Any]:
+    return {"path": str(folder.path), "config": folder.plain_config(), "overrides": list(folder.overrides)}
+
+
+def _folder_of(order: dict[str, Any]) -> RunFolder:
+    path, cfg = Path(order["path"]), OmegaConf.create(order["config"])
+    assert isinstance(cfg, DictConfig)
+    return RunFolder(path, cfg, record_in(path), tuple(order["overrides"]))
 
 
 def launch(folder: RunFolder) -> RunRecord:
     """A run of `trainer.devices` processes on this machine; see `fine_tune`."""
     count = folder.cfg.trainer.devices
     with tempfile.TemporaryDirectory(prefix="privzoo-ranks-") as place:
-        order = {"path": str(folder.path), "config": folder.plain_config(), "overrides": list(folder.overrides)}
-        (Path(place) / "order.json").write_text(json.dumps(order))
+        (Path(place) / "order.json").write_text(json.dumps(_order_of(folder)))
         port = _free_port()
         ranks = [_start(Path(place), rank, count, port) for rank in range(count)]
         try:
@@ -155,7 +220,7 @@ def main() -> None:
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     code, told = 0, None
     try:
-        _run(json.loads((place / "order.json").read_text()))
+        _run(_folder_of(json.loads((place / "order.json").read_text())))
     except KeyboardInterrupt as stop:
         number = stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT
         code, told = 128 + number, {"kind": "Stopped", "sentence": str(stop) or "stopped by Ctrl-C.", "number": number}
@@ -171,14 +236,11 @@ def main() -> None:
     os._exit(code)  # without waiting for threads of a process group whose other half may be gone
 
 
-def _run(order: dict[str, Any]) -> None:
+def _run(folder: RunFolder) -> None:
     from privzoo.privacy.ranks import join_ranks, leave_ranks
     from privzoo.run import run
 
-    path, cfg = Path(order["path"]), OmegaConf.create(order["config"])
-    assert isinstance(cfg, DictConfig)
-    ranks = join_ranks()
-    run(RunFolder(path, cfg, record_in(path), tuple(order["overrides"])), ranks)
+    run(folder, join_ranks())
     leave_ranks()
 
 

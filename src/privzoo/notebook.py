@@ -72,9 +72,8 @@ def finetune(
             raise UserError(f"Unknown key '{key}': `python -m privzoo.train --cfg job` shows all keys.") from error
     validate(cfg)
     folder = open_folder(cfg)
-    record = folder.record
-    if not folder.is_done or record is None:
-        record = fine_tune(folder)
+    record = fine_tune(folder)
+    assert record is not None
     from privzoo.finished import load_finished
 
     finished = load_finished(folder.path)

@@ -1,19 +1,21 @@
 """A run over two real processes: the same draw, the same noise, the same weights as of one process (PRIVACY 17 and 18)."""
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig
 
+from privzoo.methods.base import Interrupted
 from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.models.adapters import wrap
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.ranks import ALONE
+from privzoo.privacy.ranks import ALONE, Ranks
 
 NOTHING = [{"ids": [2, 3, 4], "label": 0, "strength": 0.0}] * 40  # a loss that is 0 whatever the weights
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}  # peft's are float32
@@ -39,10 +41,19 @@ from conftest import run_of
 import test_ranks
 from privzoo.privacy.ranks import join_ranks, leave_ranks
 ranks = join_ranks()
+sent = []
+def counting(name, call):
+    def counted(*arguments, **options):
+        sent.append((name, arguments[-1].numel() * arguments[-1].element_size()))
+        return call(*arguments, **options)
+    return counted
+for name in ("all_reduce", "all_gather", "broadcast"):
+    setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name)))
 for number, wanted in enumerate(test_ranks.WANTED):
     run = test_ranks.made(run_of, *wanted, ranks)
+    sent.clear()
     run.fit()
-    torch.save((run.recorder.weights, run.recorder.examples), f"{out}/{{number}}.{{ranks.rank}}")
+    torch.save((run.recorder.weights, run.recorder.examples, sent), f"{out}/{{number}}.{{ranks.rank}}")
 leave_ranks()
 """
 
@@ -72,7 +83,8 @@ def made(run_of, case, noise, batch_size, ranks):
 
 @pytest.fixture(scope="module")
 def on_two(privzoo, tmp_path_factory, request):
-    """`on_two("dp_full", noise, batch_size)`: of both ranks the weights after each release, and the drawn examples."""
+    """`on_two("dp_full", noise, batch_size)`: of both ranks the weights after each release, the drawn examples, and how many
+    bytes were handed to which call of torch.distributed."""
     out = tmp_path_factory.mktemp("ranks")
     code, output = privzoo(script=SCRIPT.format(folder=str(request.path.parent), out=str(out)), ranks=2)
     assert code == 0, output
@@ -82,7 +94,7 @@ def on_two(privzoo, tmp_path_factory, request):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(case, on_two, make_run):
     """Ranks hold the same bits after every release, and to rounding those of one process with the same key."""
-    (weights, examples), (others, of_others) = on_two(case, False, 8)
+    (weights, examples, _), (others, of_others, _) = on_two(case, False, 8)
     alone = made(make_run, case, False, 8, ALONE)
     alone.fit()
     assert len(weights) == len(others) == 5
@@ -99,7 +111,7 @@ def test_two_processes_are_one(case, on_two, make_run):
 @pytest.mark.parametrize("case", WITH_NOISE)
 def test_noise_is_that_of_one_process(case, on_two, make_run):
     """Added once to the total, on every rank alike."""
-    (weights, _), (others, _) = on_two(case, True, 8)
+    (weights, *_), (others, *_) = on_two(case, True, 8)
     alone = made(make_run, case, True, 8, ALONE)
     alone.fit()
     for name, value in alone.recorder.weights[-1].items():
@@ -109,7 +121,7 @@ def test_noise_is_that_of_one_process(case, on_two, make_run):
 
 def test_noise_is_drawn_once_for_all(on_two):
     """Gradients of 0, by SGD at a rate of 1: what moves the weights is noise alone, of standard deviation sigma C / B."""
-    (weights, _), (others, _) = on_two("nothing but noise", True, 1)
+    (weights, *_), (others, *_) = on_two("nothing but noise", True, 1)
     moves = [b[name] - a[name] for a, b in itertools.pairwise(weights) for name in a]
     drawn = torch.cat([move.flatten() for move in moves])
     assert len(drawn) > 40_000
@@ -120,8 +132,32 @@ def test_noise_is_drawn_once_for_all(on_two):
 
 def test_uneven_and_empty_draws_hang_nothing(on_two):
     """Of 40 draws at q = 1/40 many are empty and most of the others are of one example."""
-    (weights, examples), (others, of_others) = on_two("dp_full", True, 1)
+    (weights, examples, _), (others, of_others, _) = on_two("dp_full", True, 1)
     counts = [len(mine) + len(yours) for mine, yours in zip(examples, of_others, strict=True)]
     assert len(counts) == 40
     assert {0, 1} <= set(counts)
     assert all(torch.equal(weights[-1][name], others[-1][name]) for name in weights[-1])
+
+
+@pytest.mark.parametrize(("case", "values"), [("dpzero", 1), ("dpzero with 3 directions", 3), ("dp_bitfit", 179)])
+def test_what_travels_is_the_sum_once_a_release(case, values, on_two):
+    """Of DPZero one float64 a direction; beside it 32 bytes that say which weights it was taken at, and one of a stop."""
+    for _, _, sent in on_two(case, case in WITH_NOISE, 8):
+        releases = [("all_gather", 33), ("all_reduce", 8 * values)] * 5
+        start = sent.index(releases[0])
+        assert sent[start : start + 10] == releases
+        of_lightning = sent[:start] + sent[start + 10 :]  # are loaders of one length, does any rank end? none hangs on data
+        assert len(of_lightning) <= 4
+        assert all(size <= 8 for _, size in of_lightning)
+
+
+@pytest.mark.parametrize("kind", ["dp_full", "dpzero"])
+def test_a_rank_gives_its_share_before_it_stops(kind, make_run):
+    """The others wait for it: only a process that is alone ends in the middle of a query."""
+    for ranks, ends in ((ALONE, True), (Ranks(0, 2), False)):
+        run = made(make_run, kind, True, 8, ranks)
+        if kind == "dpzero":
+            run.method.configure_optimizers()
+        run.method.stop_requested = True
+        with pytest.raises(Interrupted) if ends else nullcontext():
+            assert run.method.query(run.batches[0])

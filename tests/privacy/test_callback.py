@@ -18,6 +18,7 @@ from privzoo.methods.first_order import FirstOrder
 from privzoo.privacy.callback import MOVED_BY, refuse_unsafe
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import Ranks
 from privzoo.privacy.sampling import LogicalBatch, PoissonDraws, ReleaseOrder, private_loader
 from privzoo.privacy.streams import RunKey
 
@@ -83,13 +84,26 @@ def test_grad_scaler_is_refused(tiny_run) -> None:
 
 
 def test_several_processes_are_refused(tiny_run) -> None:
-    """PRIVACY 18: noise and draws are for one process; nothing is started for this test."""
+    """PRIVACY 18: two processes that know nothing of each other, share no draw, or add up for themselves; nothing is
+    started for this test."""
     run = tiny_run(some_plan(), ROWS)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False, logger=False
     )
-    with pytest.raises(UserError, match=r"world_size=1.* found 2"):
-        refuse_unsafe(trainer, run.plan, run.digest, run.mechanism)
+    for ranks, message in (
+        (Ranks(), r"world_size=1.* found 2"),
+        (Ranks(1, 2), r"global_rank=1.* found 0"),
+        (Ranks(0, 2), r"strategy=Replicas .* found DDPStrategy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse_unsafe(trainer, run.plan, run.digest, run.mechanism, ranks)
+
+
+def test_a_loader_of_another_share_is_refused(tiny_run) -> None:
+    """PRIVACY 18: half of a draw on one process would be half of the sum."""
+    run = tiny_run(some_plan(), ROWS)
+    run.batches.ranks = Ranks(0, 2)
+    refused(run, r"the loader to be of Ranks\(rank=0, count=1\)")
 
 
 def test_two_optimizers_are_refused(tiny_run) -> None:

@@ -188,6 +188,9 @@ def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: Noise
         "limit_train_batches": (str(trainer.limit_train_batches), "1.0", "it cuts releases that the plan pays for"),
         "world_size": (trainer.world_size, ranks.count, "each process treats its share of a draw, by the ranks it was told"),
         "global_rank": (trainer.global_rank, ranks.rank, "two processes would treat the same share of a draw"),
+        "strategy": (
+            type(trainer.strategy).__name__, Replicas.__name__ if ranks.count > 1 else type(trainer.strategy).__name__,
+            "another may add up gradients of its own, which are not clipped"),
         "use_distributed_sampler": (
             trainer._accelerator_connector.use_distributed_sampler, False, "it replaces the Poisson sampler"),
         "reload_dataloaders_every_n_epochs": (trainer.reload_dataloaders_every_n_epochs, 0, "it draws anew"),
@@ -197,11 +200,6 @@ def refuse_unsafe(trainer: Any, plan: PrivacyPlan, digest: str, mechanism: Noise
     for setting, (found, wanted, reason) in expected.items():
         if found != wanted:
             raise UserError(f"Expected {setting}={wanted} under privacy, found {found}: {reason}.")
-    if ranks.count > 1 and not isinstance(trainer.strategy, Replicas):
-        raise UserError(
-            f"Expected strategy=Replicas() for {ranks.count} processes, found {type(trainer.strategy).__name__}: it may add "
-            "up gradients of its own, which are not clipped."
-        )
     _refuse_loader(trainer.train_dataloader, plan, digest, mechanism, ranks)
 
 

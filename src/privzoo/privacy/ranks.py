@@ -139,6 +139,8 @@ def join_ranks() -> Ranks:
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return ALONE
+    if dist.is_initialized():  # a sweep's next run
+        return Ranks(dist.get_rank(), count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _together():
         dist.init_process_group(backend, timeout=PATIENCE)
