@@ -358,7 +358,7 @@ METHOD_MUTANTS = [
     ("only the last micro-batch counts", "11", FIRST_ORDER_PY, "unit_of_row=units, into=sums)",
      "unit_of_row=units, into=sums.update(zero_sums(self.trainable)) or sums)",
      (FIRST_ORDER + "micro_batches_do_not_change_a_release",)),
-    ("a stop waits for the release", "35", FIRST_ORDER_PY, "if self.stop_requested:", "if False:",
+    ("a stop waits for the release", "35", FIRST_ORDER_PY, "if self.stops_here:", "if False:",
      (FIRST_ORDER + "a_stop_comes_between_micro_batches_and_before_noise",)),
     ("the batch's loss under a public name", "34", FIRST_ORDER_PY, '"private/loss"', '"loss"',
      (FIRST_ORDER + "private_numbers_are_named_so",)),

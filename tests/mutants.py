@@ -246,7 +246,7 @@ CHARGE_LATER = """made = pl_module.training_step
             pl_module.training_step = lambda *given: (setattr(pl_module, "training_step", made), made(*given),
                                                       self.ledger.charge(entry))[1]
             self.left -= 1"""
-CHECKED = "_refuse_loader(trainer.train_dataloader, plan, digest, mechanism)"
+CHECKED = "_refuse_loader(trainer.train_dataloader, plan, digest, mechanism, ranks)"
 TOGETHER = "if holder.plan is not plan or holder.digest != digest:"
 FOREIGN = CALLBACK + "every_loader_but_ours_is_refused"
 CALLBACK_MUTANTS = [
@@ -307,11 +307,13 @@ ENGINE_MUTANTS = runpy.run_path(str(Path(__file__).with_name("engine_mutants.py"
 CLIPPING_MUTANTS = runpy.run_path(str(Path(__file__).with_name("clipping_mutants.py")))["CLIPPING_MUTANTS"]
 ZOO_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zoo_mutants.py")))["ZOO_MUTANTS"]
 DROPOUT_MUTANTS = runpy.run_path(str(Path(__file__).with_name("dropout_mutants.py")))["DROPOUT_MUTANTS"]
+RANKS_MUTANTS = runpy.run_path(str(Path(__file__).with_name("ranks_mutants.py")))["RANKS_MUTANTS"]
 TASK_MUTANTS = runpy.run_path(str(Path(__file__).with_name("task_mutants.py")))["TASK_MUTANTS"]
 ZEROTH_ORDER_MUTANTS = runpy.run_path(str(Path(__file__).with_name("zeroth_order_mutants.py")))["ZEROTH_ORDER_MUTANTS"]
 MUTANTS = [
     *NOISE_MUTANTS, *STREAM_MUTANTS, *SAMPLING_MUTANTS, *RELEASE_MUTANTS, *ACCOUNT_MUTANTS, *CALLBACK_MUTANTS,
     *(Mutant(*fields) for fields in [
         *ENGINE_MUTANTS, *ZOO_MUTANTS, *CLIPPING_MUTANTS, *DROPOUT_MUTANTS, *ZEROTH_ORDER_MUTANTS, *TASK_MUTANTS,
+        *RANKS_MUTANTS,
     ]),
 ]  # fmt: skip

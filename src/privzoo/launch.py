@@ -89,18 +89,19 @@ def as_a_rank(cfg: DictConfig) -> RunFolder:
 
 
 def _name_ranks_of_slurm() -> None:
-    """The variables of torchrun from those of srun."""
+    """The variables of torchrun from those of srun. (Lightning's own reading of them refuses `--ntasks`.)"""
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
-    found: dict[str, object] = {
-        "RANK": slurm.global_rank(),
-        "WORLD_SIZE": slurm.world_size(),
-        "LOCAL_RANK": slurm.local_rank(),
+    slurm = {key: os.environ[f"SLURM_{key}"] for key in ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID")}
+    here = int(slurm["STEP_NUM_TASKS"]) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    os.environ |= {
+        "RANK": slurm["PROCID"],
+        "WORLD_SIZE": slurm["STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm["LOCALID"],
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(slurm["STEP_NODELIST"]),
+        "MASTER_PORT": str(15000 + int(slurm["JOB_ID"]) % 10000),
     }
-    here = slurm.world_size() // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
-    found |= {"LOCAL_WORLD_SIZE": here, "MASTER_ADDR": slurm.main_address, "MASTER_PORT": slurm.main_port}
-    os.environ.update({name: str(value) for name, value in found.items()})
 
 
 def _order_of(folder: RunFolder) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""slurm/ranks.sbatch on a real SLURM; run where sbatch is on PATH."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slurm
+def test_two_tasks_are_one_run(tmp_path):
+    """srun starts both processes, which find one another by what it tells them."""
+    command = ["sbatch", "--wait", f"--chdir={tmp_path}", str(REPOSITORY / "slurm" / "ranks.sbatch"), "task=toy_text",
+               "method=dp_bitfit", "eps=8", "epochs=0.1", "trainer.accelerator=cpu", f"output_dir={tmp_path}/runs"]  # fmt: skip
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600
+    )
+    (log,) = tmp_path.glob("slurm-*.log")
+    assert ended.returncode == 0, ended.stderr + log.read_text()
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["state"], record["devices"]) == ("finished", 2)
+    assert log.read_text().count("2 × cpu") == 1
