@@ -14,8 +14,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.mark.slurm
 def test_two_tasks_are_one_run(tmp_path):
     """srun starts both processes, which find one another by what it tells them."""
-    command = ["sbatch", "--wait", f"--chdir={tmp_path}", str(REPOSITORY / "slurm" / "ranks.sbatch"), "task=toy_text",
-               "method=dp_bitfit", "eps=8", "epochs=0.1", "trainer.accelerator=cpu", f"output_dir={tmp_path}/runs"]  # fmt: skip
+    script = str(REPOSITORY / "slurm" / "ranks.sbatch")
+    command = [
+        "sbatch", "--wait", f"--chdir={tmp_path}", script, "task=toy_text", "method=dp_bitfit", "eps=8", "epochs=0.1",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path}/runs",
+    ]  # fmt: skip
     ended = subprocess.run(
         command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600
     )

@@ -12,7 +12,7 @@ from privzoo.cli import explain
 from privzoo.composition import compose
 from privzoo.config import GROUPS, validate
 from privzoo.errors import UserError, first_line
-from privzoo.launch import fine_tune
+from privzoo.launch import fine_tune, is_a_rank
 from privzoo.results import RunRecord
 from privzoo.run_folder import open_folder
 
@@ -54,6 +54,8 @@ def finetune(
     Raises:
         UserError: as the command would end with exit code 2, before any work.
     """
+    if is_a_rank():
+        raise UserError("Expected one process, found one of several: finetune starts more itself (`trainer.devices`: 2).")
     if "resume" in {**values, **(overrides or {})}:
         raise UserError("Expected no resume= here: go on with `python -m privzoo.train resume=<run folder>`.")
     given = {"eps": float("inf") if eps == float("inf") else eps, **values, **(overrides or {})}

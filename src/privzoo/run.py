@@ -108,7 +108,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
             method.load_state_dict(checkpoint["state_dict"], strict=False)  # the trained part; the rest is the base
         loggers: list[RunLogger] = []
         if record is not None:
-            record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0))
+            record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0), devices=ranks.count)
             write_record(folder.path, record)
             loggers = _loggers(folder, start)
         try:

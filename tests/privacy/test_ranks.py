@@ -24,12 +24,12 @@ def tell(**found):
 
 @pytest.fixture
 def on_two(privzoo, tmp_path):
-    """`on_two("tell(x=ranks.rank)")`: what each of two ranks tells."""
+    """`on_two("tell(x=ranks.rank)")`: what each of two ranks tells; or of three."""
 
-    def run(script):
-        code, output = privzoo(script=START.format(out=tmp_path) + script, ranks=2)
+    def run(script, count=2):
+        code, output = privzoo(script=START.format(out=tmp_path) + script, ranks=count)
         assert code == 0, output
-        return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+        return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(count)]
 
     return run
 
@@ -78,6 +78,22 @@ leave_ranks()
     assert sums["b"] == [0.0, 2.0, 4.0, 6.0]
     assert np.allclose(sums["c"], 3e-3)
     assert (sums["d"], sums["e"], sums["f"]) == ([2.0, 1.0], 6.0, [])
+
+
+def test_three_ranks_hold_the_same_bits(on_two):
+    """Though a sum of three hangs on the order in which it is made."""
+    found = on_two(
+        """
+torch.manual_seed(ranks.rank)
+sums = {"large": torch.randn(100_000), "small": torch.randn(7)}
+ranks.add_up(sums)
+from privzoo.privacy.noise import fingerprint
+tell(bits=fingerprint(sums.items()))
+leave_ranks()
+""",
+        count=3,
+    )
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_stop_and_weights_are_everybodys(on_two):
