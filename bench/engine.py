@@ -8,9 +8,12 @@ ratio to the ordinary step of the same round (a peer that is far off in its firs
 has a process of its own, which then says its memory: the largest sum of tensor bytes that live in one step beyond weights
 and optimizer state, and the growth of the resident set over the whole process.
 
-A run takes an hour or more. To stop *this* process alone (kill -STOP, -CONT) halts it between two steps, not within one.
+A run takes two hours. To stop *this* process alone (kill -STOP, -CONT) halts it between two steps, not within one. One that
+was cut short leaves `unfinished.json` beside its table: started again, it takes over the rows that were measured with the
+same code, and says so.
 """
 
+import hashlib
 import json
 import platform
 import statistics
@@ -21,6 +24,7 @@ from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 from models import MODELS, ROWS, Row
@@ -67,12 +71,13 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
         weights |= {variant: asked(each, "weigh") for variant, each in workers.items()}
         if OURS in workers:
             costs["seconds"] = {variant: asked(workers[variant], "profile") for variant in (base, OURS)}
+        for variant in set(workers) - {base}:  # peers want the memory
+            workers[variant].kill()
         for peer in [v for v in running if v in PEERS]:  # one at a time: some take many times the memory
-            with started(row, [peer]) as alone:
-                pairs[peer] = [(asked(alone[peer], "step"), asked(workers[base], "step"))]
-                while len(pairs[peer]) < rounds and pairs[peer][0][0] < CLOSE * pairs[peer][0][1]:
-                    pairs[peer].append((asked(alone[peer], "step"), asked(workers[base], "step")))
-                weights[peer] = asked(alone[peer], "weigh")
+            try:
+                pairs[peer], weights[peer] = beside(row, peer, workers[base], rounds)
+            except RuntimeError as error:
+                found[peer] = f"ended: {str(error).strip().splitlines()[-1][-90:]}"
     for variant, (peak, makers, resident) in weights.items():
         times = statistics.median(value / beside for value, beside in pairs[variant])
         found[variant] = (times, peak / weights[base][0], resident / weights[base][2])
@@ -80,6 +85,15 @@ def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
     seconds_of_base = statistics.median(value for value, _ in pairs[base])
     print(f"  base {base}: {seconds_of_base:.2f} s a step, {weights[base][0] / 2**20:.0f} MiB of tensors in it", flush=True)
     return found, costs
+
+
+def beside(row: Row, peer: str, base: subprocess.Popen, rounds: int) -> tuple[list[tuple[float, float]], list]:
+    """A peer's steps in turn with those of the base, and its weight."""
+    with started(row, [peer]) as alone:
+        pairs = [(asked(alone[peer], "step"), asked(base, "step"))]
+        while len(pairs) < rounds and pairs[0][0] < CLOSE * pairs[0][1]:
+            pairs.append((asked(alone[peer], "step"), asked(base, "step")))
+        return pairs, asked(alone[peer], "weigh")
 
 
 @contextmanager
@@ -90,7 +104,7 @@ def started(row: Row, variants: list[str]) -> Iterator[dict[str, subprocess.Pope
             workers[variant] = worker("serve", row, variant)
             line = workers[variant].stdout.readline()
             if line != "ready\n":
-                raise RuntimeError(f"{row.name} {variant}: {workers[variant].stderr.read()[-2000:]}")
+                raise RuntimeError(workers[variant].stderr.read()[-2000:].strip() or "no message (out of memory?)")
         yield workers
     finally:
         for each in workers.values():
@@ -103,7 +117,7 @@ def asked(process: subprocess.Popen, what: str):
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"{process.args} ended: {process.stderr.read()[-2000:] or 'no message (out of memory?)'}")
+        raise RuntimeError(process.stderr.read()[-2000:].strip() or "no message (out of memory?)")
     return json.loads(line)
 
 
@@ -148,7 +162,8 @@ def noise_line() -> str:
     return seconds_of_noise(MODELS["gpt2"](8, 128))
 
 
-def report(argv: list[str], rounds: int, lines: list[str], goals: list[str], rest: list[str]) -> str:
+def report(argv: list[str], rounds: int, rows: list[list[list[str]]]) -> str:
+    lines, goals, rest = ([*chain(*parts)] for parts in zip(*rows, strict=True))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "opacus"))
     head = (
         f"`python bench/engine.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, {versions}, "
@@ -166,27 +181,39 @@ def main(argv: list[str]) -> int:
     wanted = options.get("variants", ",".join(VARIANTS)).split(",")
     out = Path(options.get("out", f"bench/results/engine-{date.today()}.md"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    goals: list[str] = []
-    reasons: list[str] = []
+    state, code = out.with_name("unfinished.json"), code_of(rounds, wanted)
+    before = json.loads(state.read_text()) if state.exists() else {}
+    done: dict[str, list[list[str]]] = before["rows"] if before.get("code") == code else {}
     for row in [row for row in ROWS if any(part in row.name for part in only)]:
-        print(row.name, flush=True)
-        found, costs = measured(row, rounds, wanted)
-        cells = [found.get(v, "") for v in VARIANTS]
-        texts = [c if isinstance(c, str) else "{:.2f} / {:.2f} / {:.2f}".format(*c) for c in cells]
-        lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
-        print(lines[-1], flush=True)
-        if OURS in found:
-            goals.append(against_goal(row, found))
-            why = explained(row, found, costs)
-            reasons += why
-            print("\n".join([goals[-1], *why]), flush=True)
-        out.write_text(report(argv, rounds, lines, goals, reasons))  # after each row: a long run may be cut short
+        print(row.name + (" (measured before)" if row.name in done else ""), flush=True)
+        if row.name not in done:
+            done[row.name] = texts_of(row, *measured(row, rounds, wanted))
+            state.write_text(json.dumps({"code": code, "rows": done}))
+        print("\n".join(chain(*done[row.name])), flush=True)
+        out.write_text(report(argv, rounds, list(done.values())))
     if "noise" in only or only == [""]:
-        reasons += ["", noise_line()]
-        out.write_text(report(argv, rounds, lines, goals, reasons))
+        done["noise"] = [[], [], ["", noise_line()]]
+        out.write_text(report(argv, rounds, list(done.values())))
+    state.unlink(missing_ok=True)
     print(f"{out.read_text()}\nwritten to {out}")
     return 0
+
+
+def texts_of(row: Row, found: Found, costs: Costs) -> list[list[str]]:
+    """A row's lines of the table, of the goals and of the reasons."""
+    cells = [found.get(v, "") for v in VARIANTS]
+    texts = [c if isinstance(c, str) else "{:.2f} / {:.2f} / {:.2f}".format(*c) for c in cells]
+    line = f"| {row.name} | " + " | ".join(texts) + " |"
+    return [[line], [against_goal(row, found)], explained(row, found, costs)] if OURS in found else [[line], [], []]
+
+
+def code_of(rounds: int, wanted: list[str]) -> str:
+    """A hash of all that a row's numbers hang on: the engines, what is measured and how, and the packages."""
+    here = Path(__file__).parent
+    engines = here.parent / "src" / "privzoo" / "privacy" / "clipping"
+    files = [*sorted(engines.glob("*.py")), *(here / f"{name}.py" for name in ("models", "variants", "workers"))]
+    packages = [version(name) for name in ("torch", "transformers", "opacus")]
+    return hashlib.sha256(repr([rounds, wanted, packages, *(file.read_text() for file in files)]).encode()).hexdigest()
 
 
 if __name__ == "__main__":
