@@ -18,6 +18,7 @@ from privzoo.identity import digest_of_run, digest_on_ranks, first_record, requi
 from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import LoadedModel
+from privzoo.models.sharding import whole_state
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
@@ -78,9 +79,7 @@ def run(folder: RunFolder, ranks: Ranks = ALONE) -> RunRecord | None:
         ranks.from_first("created")
         return _train(folder, task, plan, loaded, ranks)
     except BaseException:
-        if (
-            ranks.first and folder.ledger.exists() and folder.ledger.stat().st_size == 0
-        ):  # no release was made: nothing is lost
+        if ranks.first and folder.ledger.exists() and not folder.ledger.stat().st_size:  # no release: nothing is lost
             folder.discard()
         raise
 
@@ -92,17 +91,10 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         checkpoint = load_checkpoint(folder.checkpoint, key) if folder.checkpoint.exists() else None
         start = checkpoint["global_step"] if checkpoint else 0
         own_digest = partial(digest_of_run, cfg, key, task, loaded, ledger, device, checkpoint, ranks.count)
-        digest = digest_on_ranks(ranks, ledger, own_digest)
-        mechanism = NoiseMechanism(plan, key, digest)
-        method: PrivateMethod = build(cfg.method)(
-            model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr, ranks=ranks
-        )
-        if cfg.trainer.gradient_checkpointing:
-            turn_on_checkpointing(loaded.model)
-        method.to(device).train()
-        _check_before(method)
+        mechanism = NoiseMechanism(plan, key, digest_on_ranks(ranks, ledger, own_digest))
+        method = _method(cfg, task, loaded, mechanism, ranks, device)
         frozen = method.fingerprint_of_the_rest()
-        record = _record(folder, method, device) if ranks.first else None
+        record = _record(folder, method, device)
         if checkpoint:
             method.on_load_checkpoint(checkpoint)
             method.load_state_dict(checkpoint["state_dict"], strict=False)  # the trained part; the rest is the base
@@ -113,13 +105,13 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
             loggers = _loggers(folder, start)
         try:
             reached = checkpoint and (start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
-            if start < plan.steps and makeable(plan, ledger, digest, start):
+            if start < plan.steps and makeable(plan, ledger, mechanism.digest, start):
                 reached = _fit(folder, method, ledger, start, loggers)
             if method.fingerprint_of_the_rest() != frozen:
                 raise RuntimeError("Frozen weights changed during training: the method is not what it says.")
-            if record is not None:
-                record = _reached(record, plan, ledger, *reached) if reached else record
-                record = _finish(folder, method, ledger, loaded.processor, record, device)
+            if record is not None and reached:
+                record = _reached(record, plan, ledger, *reached)
+            record = _finish(folder, method, ledger, loaded.processor, record, device)
         except Interrupted as stop:
             if record is None:
                 raise Stopped("stopped with the first rank", stop.args[2]) from None
@@ -133,12 +125,31 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
     return record
 
 
-def _record(folder: RunFolder, method: PrivateMethod, device: torch.device) -> RunRecord:
-    """The run's record so far; a new run's holds what the untrained model reaches."""
-    record, plan = folder.record, method.mechanism.plan
-    if record is None:
+def _method(
+    cfg: DictConfig, task: Task, loaded: LoadedModel, mechanism: NoiseMechanism, ranks: Ranks, device: torch.device
+) -> PrivateMethod:
+    """The method with its model in place, after the pre-flight."""
+    method: PrivateMethod = build(cfg.method)(
+        model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr, ranks=ranks
+    )
+    if cfg.trainer.gradient_checkpointing:
+        turn_on_checkpointing(loaded.model)
+    if cfg.trainer.strategy == "fsdp":
+        method.deal_out(device)
+    method.to(device).train()
+    _check_before(method)
+    return method
+
+
+def _record(folder: RunFolder, method: PrivateMethod, device: torch.device) -> RunRecord | None:
+    """The run's record so far, on the first rank; a new run's holds what the untrained model reaches."""
+    record, plan, ranks = folder.record, method.mechanism.plan, method.ranks
+    if record is None and (ranks.first or method.dealt_out):
         untrained, is_test_key = evaluate_now(method, folder.cfg, device), method.mechanism.key.is_test_key
-        record = first_record(folder, plan, method.task, device, is_test_key, untrained, method.ranks.count)
+        record = first_record(folder, plan, method.task, device, is_test_key, untrained, ranks.count)
+    if not ranks.first:
+        return None
+    assert record is not None
     require_same_plan(record, plan)
     return record
 
@@ -155,12 +166,13 @@ def _fit(
     plan = mechanism.plan
     epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
-    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks)
+    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks, method.dealt_out)
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
     scores = Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every)
     callbacks = [
         PrivacyCallback(plan, ledger, mechanism.digest),
-        *([Curves(epsilon_at), scores] if ranks.first else []),
+        *([Curves(epsilon_at)] if ranks.first else []),
+        *([scores] if ranks.first or method.dealt_out else []),
         checkpoints,
         stop,
         *([Progress(plan, epsilon_at)] if cfg.trainer.progress and ranks.first else []),
@@ -193,13 +205,18 @@ def _reached(record: RunRecord, plan: PrivacyPlan, ledger: Ledger, steps: int, s
 
 
 def _finish(
-    folder: RunFolder, method: PrivateMethod, ledger: Ledger, processor: Any, record: RunRecord, device: torch.device
-) -> RunRecord:
+    folder: RunFolder, method: PrivateMethod, ledger: Ledger, processor: Any, record: RunRecord | None, device: torch.device
+) -> RunRecord | None:
     """Score the last step, save model, card and record; the record comes last, and makes the run a finished one."""
+    if record is None and not method.dealt_out:
+        return None
     plan = method.mechanism.plan
     metrics = evaluate_now(method, folder.cfg, device)
     with method.published():
-        save_model(folder.model, method.model, processor)
+        state = whole_state(method.model) if method.dealt_out else None
+        if record is None:  # the first rank writes
+            return None
+        save_model(folder.model, method.model, processor, state)
     if folder.cfg.method.get("merge", False):
         save_merged(folder, method.task, processor)
     mechanism = method.mechanism
@@ -207,8 +224,8 @@ def _finish(
         plan, ledger, mechanism.key.is_test_key, folder.cfg.logger.private, method.contribution, method.task.selection
     )
     write_json(folder.card, card)
-    state = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
-    record = replace(record, state=state, metrics=metrics, epsilon_spent=card["epsilon_spent"])
+    state_of_run = "finished" if record.steps == plan.steps else "stopped_at_epsilon"
+    record = replace(record, state=state_of_run, metrics=metrics, epsilon_spent=card["epsilon_spent"])
     write_record(folder.path, record)
     folder.key.unlink()
     return record

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from privzoo.composition import build
 from privzoo.errors import RunLost, first_line
@@ -13,16 +14,18 @@ from privzoo.run_folder import RunFolder
 from privzoo.tasks.base import Task
 
 
-def save_model(path: Path, model: Any, processor: Any) -> None:
+def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] | None = None) -> None:
     """Write model and processor with `save_pretrained`, for transformers to load without privzoo; whole or not at all.
 
+    Args:
+        state: its weights, where the model itself holds a part of them alone.
     Raises:
         RunLost: if they cannot be written, for example to a full disk.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
         processor.save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)

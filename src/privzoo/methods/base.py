@@ -196,6 +196,22 @@ class PrivateMethod(LightningModule):
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
+    def deal_out(self, device: torch.device) -> None:
+        """Deal the frozen weights out to the ranks, see `shard_frozen`; the engine must make one pass a micro-batch or two,
+        whatever is in it.
+
+        Raises:
+            UserError: for an engine that makes a pass a row, and for what cannot be dealt out.
+        """
+        engine = getattr(self, "engine", None)
+        if engine is not None and not getattr(engine, "even_passes", False):
+            raise UserError(
+                f"trainer.strategy=fsdp needs as many passes on every rank, and {type(engine).__name__} makes as many as there "
+                "are rows: take BookKeeping or GhostTwoPass."
+            )
+        self.shard(self.model, self.trainable.values(), device, self.ranks.count)
+        self.dealt_out = True
+
     def fingerprint_of_the_rest(self) -> str:
         """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning."""
         rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)

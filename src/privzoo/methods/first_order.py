@@ -68,6 +68,8 @@ class FirstOrder(PrivateMethod):
             found = self.engine(lambda each=micro_batch: self.losses(each), clip_norm, unit_of_row=units, into=sums)
             losses.append(found.losses)
             norms.append(found.norms)
+        for filler in batch.fillers:
+            self.engine(lambda each=filler: self.losses(each), clip_norm)
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())
         active = self.active

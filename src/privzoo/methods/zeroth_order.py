@@ -189,6 +189,8 @@ class ZerothOrder(PrivateMethod):
     @torch.no_grad()
     def _losses(self, batch: LogicalBatch) -> Tensor:
         found = [self._by_unit(micro_batch) for micro_batch in batch.micro_batches]
+        for filler in batch.fillers:
+            self.losses(filler)
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
     def _by_unit(self, micro_batch: MicroBatch) -> Tensor:

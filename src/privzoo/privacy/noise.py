@@ -14,6 +14,7 @@ from torch import Tensor
 
 from privzoo.privacy.accounting import GAUSSIAN
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.ranks import held_here
 from privzoo.privacy.streams import RunKey
 
 BLOCK = 1 << 18  # values a block: 1 MiB of float32. Part of a stream's definition, as is float32.
@@ -121,9 +122,12 @@ def _noise_stds(parts: Sequence[Part], sums: Iterable[str], noise_multiplier: fl
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of the parameters' names and exact values: released quantities, so it may be written anywhere."""
+    """SHA-256 of the parameters' names and exact values: released quantities, so it may be written anywhere.
+
+    Of what is dealt out to ranks it is of this one's part.
+    """
     digest = sha256()
     for name, value in parameters:
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(held_here(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

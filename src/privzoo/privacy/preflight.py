@@ -12,6 +12,7 @@ from privzoo.errors import UserError
 from privzoo.privacy.clipping.engine import ClippedSums, trainable_parameters
 from privzoo.privacy.clipping.functions import FLAT, check_function
 from privzoo.privacy.clipping.loop import Loop
+from privzoo.privacy.ranks import held_here
 from privzoo.privacy.sampling import MicroBatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -118,7 +119,7 @@ def check_losses(
 @contextmanager
 def _sound(model: nn.Module) -> Iterator[None]:
     """Refuses weights that are not finite before, and buffers that have changed after."""
-    if any(not torch.isfinite(p).all() for p in model.parameters()):
+    if any(not torch.isfinite(held_here(p)).all() for p in model.parameters()):
         raise UserError("The model's weights are not all finite: take another checkpoint.")
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     yield

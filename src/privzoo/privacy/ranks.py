@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from privzoo.errors import RunLost, UserError, first_line
 
@@ -126,6 +127,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def held_here(value: Tensor) -> Tensor:
+    """Of a tensor that is dealt out to ranks the part that this one holds, which is all of it otherwise."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def join_ranks() -> Ranks:

@@ -53,10 +53,12 @@ class LogicalBatch:
     Attributes:
         release: index of the release that the draw is for.
         micro_batches: collated rows, longest first, so that a batch that does not fit fails at once.
+        fillers: micro-batches to go through beside those that other ranks have more, and whose results are dropped.
     """
 
     release: int
     micro_batches: tuple[MicroBatch, ...]
+    fillers: tuple[MicroBatch, ...] = ()
 
 
 class PoissonDraws:
@@ -91,6 +93,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
         rows_of_unit: of each unit of privacy, the numbers of its rows; None: every row is a unit. Units are drawn, with
             all their rows.
         ranks: of several processes each gets its share of the units of every draw, which all of them make.
+        level: ranks with fewer micro-batches than another get fillers, for models whose passes all ranks make together.
     Raises:
         ValueError: if the plan was made for another number of units, or the rows are not dealt out to them one by one.
     """
@@ -104,6 +107,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
         microbatch_size: int,
         rows_of_unit: Sequence[Sequence[int]] | None = None,
         ranks: Ranks = ALONE,
+        level: bool = False,
     ) -> None:
         units = len(rows if rows_of_unit is None else rows_of_unit)
         if units != draws.plan.num_examples:
@@ -112,6 +116,7 @@ class PoissonBatches(Dataset[LogicalBatch]):
             _check_dealt_out(rows_of_unit, len(rows))
         self.rows_of_unit = rows_of_unit
         self.ranks = ranks
+        self.level = level
         self.rows = rows
         self.draws = draws
         self.collate = collate
@@ -124,8 +129,15 @@ class PoissonBatches(Dataset[LogicalBatch]):
     def __getitem__(self, release: int) -> LogicalBatch:
         drawn = [(int(unit), self._rows_of(int(unit))) for unit in self.draws(release)]
         drawn.sort(key=lambda each: max(map(self.length, each[1])), reverse=True)
-        parts = self._parts(self.ranks.share(drawn))
-        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts))
+        parts = list(self._parts(self.ranks.share(drawn)))
+        missing = self._most_parts(drawn) - len(parts) if self.level else 0
+        fillers = tuple(self._micro_batch(release, [(0, self._rows_of(0))]) for _ in range(missing))
+        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts), fillers)
+
+    def _most_parts(self, drawn: list[tuple[int, list[Any]]]) -> int:
+        """Of any rank's share."""
+        shares = (Ranks(rank, self.ranks.count).share(drawn) for rank in range(self.ranks.count))
+        return max(len(list(self._parts(share))) for share in shares)
 
     def _rows_of(self, unit: int) -> list[Any]:
         return [self.rows[int(row)] for row in ([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])]
