@@ -281,7 +281,7 @@ PREFLIGHT_MUTANTS = [
      "longest and longest > limit", (PREFLIGHT + "positions_that_change_with_the_longest_row",)),
     ("sparse attention let through", "12", COUPLING_PY, '== "block_sparse"', '== "sparse"',
      (PREFLIGHT + "attention_that_changes_with_the_batch",)),
-    ("weights may change in place", "12", PREFLIGHT_PY, "if parameter._version != version:", "if False:",
+    ("weights may change in place", "12", PREFLIGHT_PY, "if parameter._version != before", "if False and before",
      (PREFLIGHT + "weights_that_change_with_the_rows",)),
     ("buffers may change behind the pre-flight", "12", BASE_PY, "[*rest, *self.model.named_buffers()]", "rest",
      ("tests/methods/test_contract.py::test_a_frozen_weight_or_buffer_that_moves_is_noticed",)),

@@ -27,6 +27,7 @@ NESTED = {
         "accelerator",
         "precision",
         "devices",
+        "strategy",
         "checkpoint_every",
         "validate_every",
         "progress",
@@ -35,6 +36,7 @@ NESTED = {
 }
 PHASE_KEYS = ("epochs", "trainable", "lr", "clip_norm", "batch_size")
 PRECISIONS = ("32-true", "bf16-mixed")  # those in which the engines were compared with the definition
+STRATEGIES = ("replicas", "fsdp")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -45,13 +47,13 @@ def run_id(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     """Eight hexadecimal digits that name what a run computes.
 
     A hash of the resolved configuration without what cannot change the result: logger, data_root, output_dir, resume,
-    microbatch_size, and the trainer's progress and checkpoint_every. Numbers count by value (eps=8 is eps=8.0), and the
-    order of keys does not count.
+    microbatch_size, and the trainer's progress, checkpoint_every and strategy. Numbers count by value (eps=8 is eps=8.0),
+    and the order of keys does not count.
     """
     content: Any = OmegaConf.to_container(cfg, resolve=True)
     for key in ("logger", "microbatch_size", "data", *PATHS, *without):  # task.data holds what it reads of data
         content.pop(key, None)
-    for key in ("progress", "checkpoint_every"):
+    for key in ("progress", "checkpoint_every", "strategy"):
         content["trainer"].pop(key, None)
     text = json.dumps(_by_value(content), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -221,6 +223,12 @@ def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.accelerator", ACCELERATORS)
     _check_one_of(cfg, "trainer.precision", PRECISIONS)
     _check_whole(cfg, "trainer.devices", 1)
+    _check_one_of(cfg, "trainer.strategy", STRATEGIES)
+    if cfg.trainer.strategy != STRATEGIES[0] and cfg.trainer.devices == 1:
+        _refuse("trainer.devices", 1, f"at least 2 with trainer.strategy={cfg.trainer.strategy}")
+    if cfg.trainer.strategy != STRATEGIES[0] and cfg.trainer.gradient_checkpointing:
+        way_out = "the two were not tried together"
+        _refuse("trainer.gradient_checkpointing", "true", f"false with trainer.strategy={cfg.trainer.strategy}", way_out)
     _check_one_of(cfg, "trainer.progress", (True, False))
     _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from omegaconf import DictConfig
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
 from privzoo.composition import build
@@ -18,7 +19,7 @@ from privzoo.identity import digest_of_run, digest_on_ranks, first_record, requi
 from privzoo.methods.base import Interrupted, PrivateMethod
 from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import LoadedModel
-from privzoo.models.sharding import whole_state
+from privzoo.models.sharding import shard_frozen, whole_state
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
@@ -135,9 +136,10 @@ def _method(
     if cfg.trainer.gradient_checkpointing:
         turn_on_checkpointing(loaded.model)
     if cfg.trainer.strategy == "fsdp":
-        method.deal_out(device)
+        method.deal_out(partial(shard_frozen, device=device, ranks=ranks.count))
     method.to(device).train()
     _check_before(method)
+    method.close_layouts()
     return method
 
 
@@ -166,7 +168,9 @@ def _fit(
     plan = mechanism.plan
     epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
-    batches = PoissonBatches(task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks, method.dealt_out)
+    batches = PoissonBatches(
+        task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks, method.dealt_out
+    )
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
     scores = Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every)
     callbacks = [

@@ -112,6 +112,8 @@ class PrivateMethod(LightningModule):
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.ranks = ranks
+        self.dealt_out = False  # whether ranks hold parts of the frozen weights, and make all passes together
+        self.settle: Callable[[], None] = lambda: None
         self.stop_requested = False
 
     # ---- one release
@@ -196,24 +198,31 @@ class PrivateMethod(LightningModule):
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
-    def deal_out(self, device: torch.device) -> None:
-        """Deal the frozen weights out to the ranks, see `shard_frozen`; the engine must make one pass a micro-batch or two,
-        whatever is in it.
+    def deal_out(self, dealer: Callable[[nn.Module, Iterable[nn.Parameter]], Callable[[], None]]) -> None:
+        """Let a dealer give each rank a part of the frozen weights, see `privzoo.models.sharding.shard_frozen`.
 
         Raises:
-            UserError: for an engine that makes a pass a row, and for what cannot be dealt out.
+            UserError: for an engine whose passes hang on the rows, as all ranks must make the same ones.
         """
         engine = getattr(self, "engine", None)
         if engine is not None and not getattr(engine, "even_passes", False):
             raise UserError(
-                f"trainer.strategy=fsdp needs as many passes on every rank, and {type(engine).__name__} makes as many as there "
-                "are rows: take BookKeeping or GhostTwoPass."
+                f"trainer.strategy=fsdp needs the same passes on every rank, and those of {type(engine).__name__} hang on "
+                "the rows: take BookKeeping."
             )
-        self.shard(self.model, self.trainable.values(), device, self.ranks.count)
+        self.settle = dealer(self.model, self.trainable.values())
         self.dealt_out = True
 
+    def close_layouts(self) -> None:
+        """After the pre-flight, which every rank has made with the same rows: no rank makes passes of its own."""
+        engine = getattr(self, "engine", None)
+        if self.dealt_out and engine is not None:
+            engine.layouts.closed = True
+
     def fingerprint_of_the_rest(self) -> str:
-        """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning."""
+        """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning. Of
+        dealt-out ones it is of this rank's part."""
+        self.settle()
         rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
         return fingerprint([*rest, *self.model.named_buffers()])
 

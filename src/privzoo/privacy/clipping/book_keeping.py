@@ -39,6 +39,8 @@ class BookKeeping:
         shares: weights of groups by layer, see `grouping`; None: all alike.
     """
 
+    even_passes = True  # one forward and one backward pass a micro-batch, whatever is in it, once layouts are proved
+
     def __init__(
         self,
         model: nn.Module,
@@ -148,6 +150,8 @@ def _collect(seen: Interception, losses: Tensor, fresh_book: Callable[[bool], Bo
 
 def _prove(seen: Interception, losses: Tensor) -> None:
     """Backward passes that show where the examples lie."""
+    if seen.layouts.closed:
+        raise UnsupportedUse("A gradient arrives where the pre-flight saw none: take trainer.strategy=replicas.")
     weights = proof_weights(len(losses), losses.device)
     for seen.turn, each in enumerate([torch.ones_like(weights[0]), *weights]):
         seen.run_backward(losses, each, keep_graph=True)

@@ -53,6 +53,7 @@ class Layouts:
     def __init__(self) -> None:
         self.proved: dict[Hashable, str] = {}
         self.unreached: set[Hashable] = set()  # the losses did not depend on them
+        self.closed = False  # set where several processes make every pass together: none may make more for a proof
         self._plain: dict[tuple[Hashable, str], Tensor] = {}
         self._weighted: list[dict[tuple[Hashable, str], Tensor]] = []
         self._precision: dict[Hashable, torch.dtype] = {}
