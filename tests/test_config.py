@@ -31,6 +31,7 @@ def plain_config() -> dict:
         *(f"clip_norm={v}" for v in ("0", "-0.1", "inf", "nan", "null")),
         *(f"seed={v}" for v in ("-1", "0.5", "x", "null")),
         *(f"trainer.devices={v}" for v in ("-1", "0", "auto", "true")),
+        *(f"trainer.strategy={v}" for v in ("ddp", "null", "fsdp")),  # the last one, as there is one process
         *(f"trainer.precision={v}" for v in ("16-mixed", "32")),
         "trainer.accelerator=abacus",
         "trainer.checkpoint_every=0",

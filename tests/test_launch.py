@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from privzoo.models.pretrain import TINY_FOLDER
 
 RUN = ("task=toy_text", "method=dp_full", "eps=8", "trainer.devices=2", "trainer.accelerator=cpu", "epochs=0.6",
        "batch_size=100", "lr=1e-3", "trainer.checkpoint_every=2", "trainer.progress=false")  # fmt: skip
@@ -142,6 +146,45 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
     code, output = privzoo_on_few_rows(*RUN, f"output_dir={tmp_path}", ranks=2)
     assert code == 2
     assert output.count("holds an unfinished run of this configuration") == 2, "a sentence of each process"
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [("toy_text", "dp_bitfit"), pytest.param("toy_lm", "dp_lora", marks=pytest.mark.sweep)]
+)
+def test_frozen_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_path):
+    """Trained, scored and saved by both ranks together; another program loads the frozen weights that were there before."""
+    given = (f"task={task}", f"method={method}", "eps=8", "trainer.devices=2", "trainer.strategy=fsdp", "epochs=0.3",
+             "batch_size=100", "trainer.accelerator=cpu", "trainer.progress=false", "trainer.validate_every=2")  # fmt: skip
+    code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}")
+    assert code == 0, output
+    (folder,) = tmp_path.iterdir()
+    record = json.loads((folder / "result.json").read_text())
+    assert record["state"] == "finished"
+    code, output = privzoo_on_few_rows(f"run={folder}", module="privzoo.evaluate")
+    assert code == 0, output
+    if method == "dp_bitfit":
+        began = AutoModelForSequenceClassification.from_pretrained(TINY_FOLDER / "tiny_encoder").state_dict()
+        saved = AutoModelForSequenceClassification.from_pretrained(folder / "model").state_dict()
+        same = {name for name in began if torch.equal(began[name], saved[name])}
+        assert {name for name in began if name not in same} == {
+            name for name in began if name.endswith("bias") or name.startswith("classifier")
+        }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=dp_full"], "most weights of this method are trained"),
+        (["method=dp_bitfit", "method.engine._target_=privzoo.privacy.clipping.Loop"], "those of Loop hang on the rows"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_told_once(overrides, message, privzoo_on_few_rows, tmp_path):
+    given = ("task=toy_text", "eps=8", "trainer.devices=2", "trainer.strategy=fsdp", "trainer.accelerator=cpu")
+    code, output = privzoo_on_few_rows(*given, *overrides, f"output_dir={tmp_path}")
+    assert code == 2, output
+    assert output.count("privzoo: ") == 1
+    assert message in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_see_other_data(privzoo, tmp_path):
