@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted
 from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
@@ -186,3 +187,12 @@ def test_a_rank_gives_its_share_before_it_stops(kind, make_run):
         run.method.stop_requested = True
         with pytest.raises(Interrupted) if ends else nullcontext():
             assert run.method.query(run.batches[0])
+
+
+def test_no_rank_makes_a_proof_of_its_own_after_the_preflight(make_run):
+    """The others make no such passes, and would wait for ever."""
+    run = made(make_run, "dp_bitfit", True, 8, ALONE)
+    run.method.dealt_out = True
+    run.method.close_layouts()
+    with pytest.raises(UserError, match="where the pre-flight saw none"):
+        run.method.query(run.batches[0])
