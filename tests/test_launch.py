@@ -75,6 +75,8 @@ def test_a_stop_ends_both_with_a_checkpoint(number, whole, second_zygote, privzo
     folder = wait_for(lambda: next((tmp_path / "runs").glob("toy*"), None))
     wait_for(lambda: len(ledger_of(folder)) >= 2)
     os.kill(int((tmp_path / "pid").read_text()), number)
+    if number == signal.SIGTERM:  # as where both the command and its ranks get it
+        os.kill(int((tmp_path / "pid").read_text()), number)
     thread.join()
     code, output = answers[0]
     assert code == 128 + number, output
@@ -141,6 +143,10 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
     code, output = privzoo_on_few_rows(*RUN, "trainer.devices=3", f"output_dir={tmp_path}", ranks=2)
     assert code == 2
     assert "Expected trainer.devices=3 to be 2, the processes that were started." in output
+    code, output = privzoo_on_few_rows(*command[:2], "eps=-1,8", *command[3:], ranks=2)
+    assert code == 2
+    assert "Expected eps=-1" in output
+    assert "run 2" not in output, "a run that fails ends the sweep: the other rank may be elsewhere"
     (folder,) = tmp_path.glob("*eps8*")
     (folder / "result.json").write_text((folder / "result.json").read_text().replace("finished", "interrupted"))
     code, output = privzoo_on_few_rows(*RUN, f"output_dir={tmp_path}", ranks=2)

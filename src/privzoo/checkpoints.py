@@ -128,7 +128,9 @@ class StopOnSignal(Callback):
 
         def ask(number: int, frame: Any) -> None:
             if self.received is not None:
-                raise KeyboardInterrupt
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return  # who stops several processes may send SIGTERM to each, and once more by the command
             self.received = number
             method.stop_requested = True
 

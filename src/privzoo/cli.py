@@ -112,6 +112,13 @@ class _Job:
             else:
                 print(f"privzoo: {sentence}", file=sys.stderr)
             self.exit_codes.append(code)
+            if is_a_rank():  # in a sweep the others may still be in this run: to go on alone would be to wait for ever
+                sys.exit(code)
+
+
+def is_a_rank() -> bool:
+    """Whether torchrun or srun started several of this command, each to be one process of the run."""
+    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 @contextmanager

@@ -23,13 +23,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from privzoo.cli import explain
+from privzoo.cli import explain, is_a_rank
 from privzoo.errors import RunLost, Stopped, UserError
 from privzoo.results import RunRecord, read_record
 from privzoo.run_folder import RunFolder, open_folder, record_in
 
 GRACE_S = 20.0  # for the other ranks to notice that one is gone
-CAUSES = ("Bug", "UserError", "Stopped", "RunLost", "RankLost")  # of a rank's end, the last of which has one elsewhere
+CAUSES = ("UserError", "RunLost", "Bug", "Stopped", "RankLost")  # of a rank's end; each may be what others came of
+_OF_SRUN = ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID", "STEP_ID")
 
 
 def fine_tune(folder: RunFolder) -> RunRecord | None:
@@ -56,11 +57,6 @@ def fine_tune(folder: RunFolder) -> RunRecord | None:
     return run(folder)
 
 
-def is_a_rank() -> bool:
-    """Whether torchrun or srun started several of this command, each to be one process of the run."""
-    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-
-
 def as_a_rank(cfg: DictConfig) -> RunFolder:
     """The folder of the run, as the first rank finds it: the others would come upon what that one has just made.
 
@@ -72,14 +68,10 @@ def as_a_rank(cfg: DictConfig) -> RunFolder:
     if "WORLD_SIZE" not in os.environ:
         _name_ranks_of_slurm()
     ranks = join_ranks()
-    if cfg.trainer.devices != ranks.count:
-        raise UserError(
-            f"Expected trainer.devices={cfg.trainer.devices} to be {ranks.count}, the processes that were started."
-        )
     order: dict[str, Any] = {}
     if ranks.first:
         try:
-            order = _order_of(open_folder(cfg))
+            order = _order_of(_of_as_many(open_folder(cfg), ranks.count))
         except UserError as error:
             order = {"refusal": str(error)}
     order = ranks.from_first(order)
@@ -88,11 +80,18 @@ def as_a_rank(cfg: DictConfig) -> RunFolder:
     return _folder_of(order)
 
 
+def _of_as_many(folder: RunFolder, count: int) -> RunFolder:
+    devices = folder.cfg.trainer.devices
+    if devices != count:
+        raise UserError(f"Expected trainer.devices={devices} to be {count}, the processes that were started.")
+    return folder
+
+
 def _name_ranks_of_slurm() -> None:
     """The variables of torchrun from those of srun. (Lightning's own reading of them refuses `--ntasks`.)"""
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    slurm = {key: os.environ[f"SLURM_{key}"] for key in ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NODELIST", "JOB_ID")}
+    slurm = {key: os.environ[f"SLURM_{key}"] for key in _OF_SRUN}
     here = int(slurm["STEP_NUM_TASKS"]) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     os.environ |= {
         "RANK": slurm["PROCID"],
@@ -100,7 +99,7 @@ def _name_ranks_of_slurm() -> None:
         "LOCAL_RANK": slurm["LOCALID"],
         "LOCAL_WORLD_SIZE": str(here),
         "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(slurm["STEP_NODELIST"]),
-        "MASTER_PORT": str(15000 + int(slurm["JOB_ID"]) % 10000),
+        "MASTER_PORT": str(15000 + (13 * int(slurm["JOB_ID"]) + int(slurm["STEP_ID"])) % 10000),
     }
 
 
@@ -122,13 +121,13 @@ def launch(folder: RunFolder) -> RunRecord:
         port = _free_port()
         ranks = [_start(Path(place), rank, count, port) for rank in range(count)]
         try:
-            with _forwarding_signals(ranks):
+            with _forwarding_signals(ranks) as forwarded:
                 codes = _codes(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-        _raise_what_happened(folder, codes, Path(place))
+        _raise_what_happened(folder, codes, Path(place), forwarded)
     return read_record(folder.path)
 
 
@@ -136,7 +135,7 @@ def _start(place: Path, rank: int, count: int, port: int) -> subprocess.Popen:
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")},
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
@@ -156,16 +155,18 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _forwarding_signals(ranks: list[subprocess.Popen]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to every rank, each of which ends as a run of one process would."""
+def _forwarding_signals(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM go to every rank, each of which ends as a run of one process would; gives those that came."""
+    forwarded: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
+        forwarded.append(number)
         for rank in ranks:
             rank.send_signal(number)
 
     former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -184,12 +185,14 @@ def _codes(ranks: list[subprocess.Popen]) -> list[int | None]:
     return [rank.returncode for rank in ranks]
 
 
-def _raise_what_happened(folder: RunFolder, codes: list[int | None], place: Path) -> None:
-    """The cause first: a rank that was killed, then a bug, a user's mistake, a stop; then what the others made of it."""
+def _raise_what_happened(folder: RunFolder, codes: list[int | None], place: Path, forwarded: list[int]) -> None:
+    """The cause first: a rank that was killed, a user's mistake, lost work, a bug, a stop; then what others made of it."""
     go_on = f"go on with resume={folder.path}" if folder.ledger.exists() else "start it again"
     told: list[tuple[int, int, dict[str, Any]]] = []
     for rank, code in enumerate(codes):
         file = place / f"{rank}.json"
+        if code and not file.exists() and -code in forwarded:  # before the run could mind it
+            raise Stopped(f"stopped: {go_on}.", -code)
         if code and not file.exists():
             output = place / f"{rank}.output"
             sys.stderr.write(output.read_text(errors="replace")[-2000:] if output.exists() else "")
@@ -222,17 +225,21 @@ def main() -> None:
     code, told = 0, None
     try:
         _run(_folder_of(json.loads((place / "order.json").read_text())))
-    except KeyboardInterrupt as stop:
-        number = stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT
-        code, told = 128 + number, {"kind": "Stopped", "sentence": str(stop) or "stopped by Ctrl-C.", "number": number}
+    except (KeyboardInterrupt, SystemExit) as stop:  # the latter is what Lightning makes of the former
+        number = stop.signal_number if isinstance(stop, Stopped) else int(signal.SIGINT)
+        said = str(stop) if isinstance(stop, Stopped) else "stopped by Ctrl-C."
+        code, told = 128 + number, {"kind": "Stopped", "sentence": said, "number": number}
     except Exception as error:
         code, sentence = explain(error)
         kind = "Bug" if sentence is None else "UserError" if code == 2 else type(error).__name__
         kind = kind if kind in CAUSES else "RunLost"
         told = {"kind": kind, "sentence": sentence or traceback.format_exc()}
     if told is not None:
-        (place / f"{rank}.new").write_text(json.dumps(told))
-        os.rename(place / f"{rank}.new", place / f"{rank}.json")
+        try:
+            (place / f"{rank}.new").write_text(json.dumps(told))
+            os.rename(place / f"{rank}.new", place / f"{rank}.json")
+        except OSError:  # the same full disk?
+            print(f"privzoo: {told['sentence']}", file=sys.stderr)
     sys.stdout.flush()
     os._exit(code)  # without waiting for threads of a process group whose other half may be gone
 

@@ -8,11 +8,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from privzoo.cli import explain
+from privzoo.cli import explain, is_a_rank
 from privzoo.composition import compose
 from privzoo.config import GROUPS, validate
 from privzoo.errors import UserError, first_line
-from privzoo.launch import fine_tune, is_a_rank
+from privzoo.launch import fine_tune
 from privzoo.results import RunRecord
 from privzoo.run_folder import open_folder
 

@@ -1,5 +1,6 @@
 """One run from configuration to result: the only place where all parts meet."""
 
+import hashlib
 import signal
 from dataclasses import replace
 from functools import partial
@@ -71,18 +72,35 @@ def run(folder: RunFolder, ranks: Ranks = ALONE) -> RunRecord | None:
         names.id2label = dict(enumerate(task.label_names))
         names.label2id = {name: number for number, name in names.id2label.items()}
         names.problem_type = task.problem_type or names.problem_type
+    ranks.require_equal("units of privacy", _units(task))
     if not ranks.from_first(folder.is_new):
-        return _train(folder, task, plan, loaded, ranks)
+        return _together(folder, task, plan, loaded, ranks)
     if ranks.first:
         seed = cfg.privacy.noise_seed
         folder.create(RunKey.fresh() if seed is None else RunKey.for_tests(seed))
     try:
         ranks.from_first("created")
-        return _train(folder, task, plan, loaded, ranks)
+        return _together(folder, task, plan, loaded, ranks)
     except BaseException:
         if ranks.first and folder.ledger.exists() and not folder.ledger.stat().st_size:  # no release: nothing is lost
             folder.discard()
         raise
+
+
+def _units(task: Task) -> str:
+    units = None if task.rows_of_unit is None else [[int(row) for row in unit] for unit in task.rows_of_unit]
+    return hashlib.sha256(repr([task.num_examples, units]).encode()).hexdigest()
+
+
+def _together(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel, ranks: Ranks) -> RunRecord | None:
+    """`_train`; no rank ends before the first one has written what there is to write, as who watches them ends them all."""
+    try:
+        record = _train(folder, task, plan, loaded, ranks)
+    except Stopped:
+        ranks.from_first("written")
+        raise
+    ranks.from_first("written")
+    return record
 
 
 def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel, ranks: Ranks) -> RunRecord | None:
@@ -104,6 +122,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
             record = replace(record, resumes=record.resumes + (1 if ledger.entries else 0), devices=ranks.count)
             write_record(folder.path, record)
             loggers = _loggers(folder, start)
+        ranks.from_first("ready")
         try:
             reached = checkpoint and (start, checkpoint["callbacks"]["Checkpoints"]["seconds"])
             if start < plan.steps and makeable(plan, ledger, mechanism.digest, start):
@@ -186,6 +205,8 @@ def _fit(
         logger=loggers, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder.path,
     )  # fmt: skip
+    if ranks.count > 1:  # Lightning's handlers exchange signals in collectives of their own
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     try:
         trainer.fit(method, private_loader(batches, start), ckpt_path=folder.checkpoint if start else None)
     except Interrupted:

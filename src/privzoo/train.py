@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig
 
-from privzoo.cli import run_hydra
-from privzoo.launch import as_a_rank, fine_tune, is_a_rank
+from privzoo.cli import is_a_rank, run_hydra
+from privzoo.launch import as_a_rank, fine_tune
 from privzoo.run_folder import open_folder
 
 

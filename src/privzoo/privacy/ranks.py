@@ -6,12 +6,13 @@ that one process makes, whatever the number of ranks; what they make of differen
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,13 +42,10 @@ class Ranks:
         """Whether this process keeps the run folder: ledger, checkpoints, record."""
         return self.rank == 0
 
-    def share(self, drawn: Sequence[T]) -> Sequence[T]:
-        """What this rank treats of a draw that all ranks hold in the same order.
+    def share(self, drawn: np.ndarray) -> np.ndarray:
+        """What this rank treats of a draw that all ranks hold in the same order: each unit is of exactly one rank's share.
 
-        Every element is of exactly one rank's share. Dealt out in turn, so that of elements in the order of their length
-        all ranks get about as many and as long ones.
-
-        >>> [list(Ranks(rank, 3).share([0, 1, 2, 3])) for rank in range(3)]
+        >>> [Ranks(rank, 3).share(np.arange(4)).tolist() for rank in range(3)]
         [[0, 3], [1], [2]]
         """
         return drawn[self.rank :: self.count]
@@ -62,13 +60,11 @@ class Ranks:
         """
         if self.count == 1:
             return
-        with _together():
-            for bucket in _buckets(sums.values()):
-                if len(bucket) == 1:
-                    dist.all_reduce(bucket[0])
-                    continue
-                flat = torch.cat([value.view(-1) for value in bucket])
+        for bucket in _buckets(sums.values()):
+            flat = bucket[0] if len(bucket) == 1 else torch.cat([value.view(-1) for value in bucket])
+            with _together():
                 dist.all_reduce(flat)
+            if len(bucket) > 1:
                 for value, part in zip(bucket, flat.split([value.numel() for value in bucket]), strict=True):
                     value.copy_(part.view_as(value))
 

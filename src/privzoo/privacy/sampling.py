@@ -127,17 +127,21 @@ class PoissonBatches(Dataset[LogicalBatch]):
         return self.draws.plan.steps
 
     def __getitem__(self, release: int) -> LogicalBatch:
-        drawn = [(int(unit), self._rows_of(int(unit))) for unit in self.draws(release)]
-        drawn.sort(key=lambda each: max(map(self.length, each[1])), reverse=True)
-        parts = list(self._parts(self.ranks.share(drawn)))
+        drawn = self.draws(release)
+        parts = list(self._parts(self._longest_first(drawn, self.ranks)))
         missing = self._most_parts(drawn) - len(parts) if self.level else 0
         fillers = tuple(self._micro_batch(release, [(0, self._rows_of(0))]) for _ in range(missing))
         return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts), fillers)
 
-    def _most_parts(self, drawn: list[tuple[int, list[Any]]]) -> int:
+    def _longest_first(self, drawn: np.ndarray, ranks: Ranks) -> list[tuple[int, list[Any]]]:
+        """A rank's share of the draw. It is dealt out by the draw alone: what a process makes of lengths moves no unit."""
+        share = [(int(unit), self._rows_of(int(unit))) for unit in ranks.share(drawn)]
+        return sorted(share, key=lambda each: max(map(self.length, each[1])), reverse=True)
+
+    def _most_parts(self, drawn: np.ndarray) -> int:
         """Of any rank's share."""
-        shares = (Ranks(rank, self.ranks.count).share(drawn) for rank in range(self.ranks.count))
-        return max(len(list(self._parts(share))) for share in shares)
+        ranks = (Ranks(rank, self.ranks.count) for rank in range(self.ranks.count))
+        return max(len(list(self._parts(self._longest_first(drawn, each)))) for each in ranks)
 
     def _rows_of(self, unit: int) -> list[Any]:
         return [self.rows[int(row)] for row in ([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])]
