@@ -46,7 +46,8 @@ check: setup
 tables: setup
 	$(BIN)/python -m privzoo.tables
 
-# By the times of its rows about two hours on two quiet cores (never run whole so far); `bench/engine.py only=… variants=… rounds=…` does a part.
+# By the times of its rows more than two hours on two quiet cores (never run whole so far); one that was cut short goes on where it was.
+# `bench/engine.py only=… variants=… rounds=…` does a part.
 bench: setup
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/training_step.py

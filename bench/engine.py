@@ -46,18 +46,20 @@ def base_of(row: Row) -> str:
 
 
 @cache
-def refusal(model: str, method: str, length: int, variant: str) -> str:
-    """Why the variant does not run, or not rightly; nothing where it does."""
-    run = worker("check", Row(model, method, 2, length), variant)
-    _, errors = run.communicate()
-    return "does not run: " + errors.strip().splitlines()[-1].split(": ", 1)[-1][:90] if run.returncode else ""
+def refusals(model: str, method: str, length: int, variants: tuple[str, ...]) -> dict[str, str]:
+    """Of each variant why it does not run, or not rightly; nothing where it does."""
+    run = worker("check", Row(model, method, 2, length), ",".join(variants))
+    output, errors = run.communicate()
+    if run.returncode:
+        raise RuntimeError(errors[-2000:])
+    return {variant: f"does not run: {why}" if why else "" for variant, why in json.loads(output.splitlines()[-1]).items()}
 
 
 def measured(row: Row, rounds: int, wanted: list[str]) -> tuple[Found, Costs]:
     """By variant: ratios of time, of peak tensor bytes and of RSS growth, or why it does not run; and what costs what."""
     base = base_of(row)
     variants = [base, *(v for v in VARIANTS if v != base and v in wanted and (row.peers or v not in PEERS))]
-    reasons = {v: refusal(row.model, row.method, row.length, v) for v in variants if v in ENGINES}
+    reasons = refusals(row.model, row.method, row.length, tuple(v for v in variants if v in ENGINES))
     found: Found = {variant: reason for variant, reason in reasons.items() if reason}
     running = [v for v in variants if v not in found]
     pairs: dict[str, list[tuple[float, float]]] = {}  # by variant: its seconds and the base's, by round

@@ -1,9 +1,11 @@
 """What `engine.py` runs in processes of their own: the correctness of a step; its time, its memory, its profile.
 
-python bench/workers.py check|serve <row as JSON> <variant>
+python bench/workers.py serve <row as JSON> <variant>
+python bench/workers.py check <row as JSON> <variant>,…
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -11,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
-from models import MODELS, Row, trainable_of
+from models import MODELS, Case, Row, trainable_of
 from variants import BY_LAYER, gradient_of
 
 # ---- a step
@@ -40,20 +42,45 @@ def stepper(row: Row, variant: str) -> Callable[[], None]:
 # ---- correctness
 
 
-def check(row: Row, variant: str) -> None:
-    """Raises unless the variant's clipped sums equal the loop's, on two rows of this length (by which an engine chooses)."""
+def check(row: Row, variants: list[str]) -> None:
+    """Says of each variant, as a line of JSON, why it does not run or not rightly: its clipped sums are to be the loop's, on
+    two rows of this length (by which an engine chooses its form). The loop is run once, each variant in a child."""
     from privzoo.privacy.clipping import Loop
 
+    torch.set_num_threads(1)  # threads would not survive the forks
     case = MODELS[row.model](2, row.length)
-    trainable = trainable_of(case, row.method)
+    trainable_of(case, row.method)
     clip_norm = float(Loop(case.model)(case.losses, float("inf")).norms.mean())
-    expected = Loop(case.model, "layer" if variant == BY_LAYER else "all")(case.losses, clip_norm).sums
+    groups = {variant: "layer" if variant == BY_LAYER else "all" for variant in variants}
+    expected = {each: Loop(case.model, each)(case.losses, clip_norm).sums for each in set(groups.values())}
+    found = {variant: in_a_child(differs, case, variant, clip_norm, expected[groups[variant]]) for variant in variants}
+    print(json.dumps(found))
+
+
+def in_a_child(function: Callable[..., str], *arguments: object) -> str:
+    """What the function says, or the last line of its error."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            said = function(*arguments)
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[-1][:90]
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        said = file.read()
+    _, status = os.wait()
+    return said if status == 0 else "ended (out of memory?)"
+
+
+def differs(case: Case, variant: str, clip_norm: float, expected: dict[str, torch.Tensor]) -> str:
+    """Nothing where the variant's sums are the expected ones."""
     found = gradient_of(case, variant, clip_norm)()
-    found = found or {n: p.grad for n, p in trainable.items() if p.grad is not None}
+    found = found or {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
     scale = max(float(value.abs().max()) for value in expected.values())
     worst = max(float((found.get(n, torch.zeros(())) - value).abs().max()) for n, value in expected.items()) / scale
-    if not worst < 1e-3:  # rows alone and together round otherwise
-        raise RuntimeError(f"differs from the loop by {worst:.1g}")
+    return "" if worst < 1e-3 else f"differs from the loop by {worst:.1g}"  # rows alone and together round otherwise
 
 
 # ---- workers
@@ -116,4 +143,7 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
 
 if __name__ == "__main__":
     kind, row, variant = sys.argv[1], Row(**json.loads(sys.argv[2])), sys.argv[3]
-    {"serve": serve, "check": check}[kind](row, variant)
+    if kind == "check":
+        check(row, variant.split(","))
+    else:
+        serve(row, variant)
