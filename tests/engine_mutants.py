@@ -337,7 +337,7 @@ PREFLIGHT_MUTANTS = [
     ("unused parameters let through", "16", PREFLIGHT_PY, "if unused:", "if False:",
      (PREFLIGHT + "a_trainable_parameter_that_takes_no_part",)),
     ("a broken checkpoint let through", "9", PREFLIGHT_PY,
-     "if any(not torch.isfinite(p).all() for p in model.parameters()):", "if False:",
+     "if any(not torch.isfinite(held_here(p)).all() for p in model.parameters()):", "if False:",
      (PREFLIGHT + "a_weight_that_is_not_finite",)),
 ]  # fmt: skip
 
