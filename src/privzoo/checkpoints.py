@@ -123,6 +123,7 @@ class StopOnSignal(Callback):
         self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here until `restore` signals ask for a stop."""
         assert isinstance(pl_module, PrivateMethod)
         method = pl_module
 

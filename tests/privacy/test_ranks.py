@@ -56,6 +56,20 @@ def test_shares_are_the_draw(count, units):
         assert max(map(len, treated)) - min(map(len, treated)) <= times
 
 
+def test_shares_do_not_hang_on_what_a_process_makes_of_a_row():
+    """PRIVACY 18: ranks that reckon lengths otherwise (a tokenizer of their own) still treat each drawn unit once."""
+    plan = PrivacyPlan(num_examples=60, batch_size=20, epochs=3, delta=1e-3, clip_norm=1.0, noise_multiplier=1.0)
+    draws = PoissonDraws(plan, RunKey.for_tests(3), "digest")
+    lengths = [lambda row: row, lambda row: -row]
+    shares = [
+        PoissonBatches(range(60), draws, lambda part: {}, length, 5, None, Ranks(rank, 2))
+        for rank, length in enumerate(lengths)
+    ]
+    for release in range(plan.steps):
+        treated = [each for share in shares for batch in share[release].micro_batches for each in batch.examples]
+        assert sorted(treated) == draws(release).tolist()
+
+
 def test_sums_are_added_up_bucket_by_bucket(on_two):
     """Small tensors travel together, large ones alone, of each type apart; every rank has the same bits."""
     found = on_two("""
