@@ -52,19 +52,36 @@ def pytest_collection_finish() -> None:
 LONGEST = ("test_resume", "test_run", "test_contract", "test_bad_input")
 
 
+def no_shared() -> str | None:
+    return None if shared_folder().is_dir() else f"no data and weights at {shared_folder()}"
+
+
+def no_slurm() -> str | None:
+    if not shutil.which("sbatch"):
+        return "no sbatch on PATH"
+    ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    return None if " is UP" in ping.stdout else "sbatch is there, but no controller of SLURM answers"
+
+
+def no_java() -> str | None:
+    return None if shutil.which("java") else "no java on PATH"
+
+
+def no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+# What a marked test needs, and the function that tells why it is not there.
+NEEDS = {"shared": no_shared, "slurm": no_slurm, "java": no_java, "gpu": no_gpu}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files that wait longest for commands come first: of two workers, none is left with them at the end.
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
-    absent = {
-        "shared": None if shared_folder().is_dir() else f"no data and weights at {shared_folder()}",
-        "slurm": None if shutil.which("sbatch") else "no sbatch on PATH",
-        "java": None if shutil.which("java") else "no java on PATH",
-        "gpu": "" if any(item.get_closest_marker("gpu") for item in items) else None,
-    }
-    if absent["gpu"] is not None:
-        import torch
-
-        absent["gpu"] = None if torch.cuda.is_available() else "no CUDA device"
+    asked = {marker.name for item in items for marker in item.iter_markers()}
+    absent = {name: why_absent() for name, why_absent in NEEDS.items() if name in asked}
     for item in items:
         for marker, reason in absent.items():
             if reason and item.get_closest_marker(marker):

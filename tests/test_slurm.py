@@ -1,4 +1,4 @@
-"""slurm/ranks.sbatch on a real SLURM; run where sbatch is on PATH."""
+"""slurm/ranks.sbatch on a real SLURM; run where one answers."""
 
 import json
 import os
