@@ -24,7 +24,7 @@ PREFLIGHT_PY, COUPLING_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
     "privacy/preflight.py", "privacy/coupling.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
 )  # fmt: skip
 
-ADD_CLIPPED = "book.add_clipped(sums, self.clipping(norms, clip_norm))"
+FACTORS_OF_BOOK = "factors = self.clipping(norms, clip_norm)"
 LOST_BOUND = "bound = 4 * eps * terms\n        if bool((bound >"
 WEIGHTS = "factors.to(dtype)"
 ADD_PAIR = "if weight_name:\n            book.add_pair(weight_name, saved[0], gradient"
@@ -32,8 +32,8 @@ RELEASE = "self.mechanism.release(sums, batch.release, self.weights, self.parts(
 ADD_MICRO_BATCH = "losses.append(found.losses)"
 
 CLIP_MUTANTS = [
-    ("clip the sum of the micro-batch", "5", BOOK_KEEPING_PY, ADD_CLIPPED,
-     "book.add_clipped(sums, self.clipping(norms.square().sum().sqrt().expand_as(norms), clip_norm))",
+    ("clip the sum of the micro-batch", "5", BOOK_KEEPING_PY, FACTORS_OF_BOOK,
+     "factors = self.clipping(norms.square().sum().sqrt().expand_as(norms), clip_norm)",
      (ENGINE + "clipped_sum_by_hand[BookKeeping]",)),
     ("clip after the mean", "5 7", LOOP_PY, "losses[units == unit].sum()", "losses.mean()",
      (ENGINE + "clipped_sum_by_hand[Loop]",)),
@@ -52,8 +52,8 @@ CLIP_MUTANTS = [
      (SENSITIVITY + "a_poisoned_input[nan-BookKeeping]",)),
     ("NaN unmasked in gradients", "9", GRADIENTS_PY, "_without(pair.gradient, masked)", "pair.gradient",
      (SENSITIVITY + "a_poisoned_input[nan-BookKeeping]",)),
-    ("NaN unmasked in instantiated gradients", "9", GRADIENTS_PY, "gradient = _without(gradient, masked)",
-     "gradient = gradient + 0", (SENSITIVITY + "a_poisoned_input[nan-BookKeeping]",)),
+    ("NaN unmasked in instantiated gradients", "9", GRADIENTS_PY, "gradient = _without(self.instantiated.pop(name), masked)",
+     "gradient = self.instantiated.pop(name)", (SENSITIVITY + "a_poisoned_input[nan-BookKeeping]",)),
     ("a poisoned row takes its neighbours away", "9", LOOP_PY, ".sum()) > 1:", ".sum()) > 99:",
      (SENSITIVITY + "loop_refuses_what_one_poisoned_row_does_to_the_others",)),
     ("norms in bf16", "27", BOOK_KEEPING_PY, "with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):",
@@ -362,7 +362,7 @@ METHOD_MUTANTS = [
      (FIRST_ORDER + "a_stop_comes_between_micro_batches_and_before_noise",)),
     ("the batch's loss under a public name", "34", FIRST_ORDER_PY, '"private/loss"', '"loss"',
      (FIRST_ORDER + "private_numbers_are_named_so",)),
-    ("checkpoints hold the whole model", "26", BASE_PY, "if k in wanted}", "if k}",
+    ("checkpoints hold the whole model", "26", "methods/contents.py", "if name in wanted}", "if name}",
      (FIRST_ORDER + "a_checkpoint_holds_the_trained_part_alone",)),
     ("rows of a unit clipped apart", "37", FIRST_ORDER_PY, "units = self.unit_of_row(micro_batch)", "units = None",
      (OF_UNITS + "one_unit_less_moves_the_sum_by_at_most_c[BookKeeping]",

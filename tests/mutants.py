@@ -36,7 +36,7 @@ NOISE, RELEASE = "tests/privacy/test_noise.py::test_", "tests/privacy/test_relea
 CURVES = "tests/test_curves.py::test_"
 CALLBACK, AFFORDABLE = "tests/privacy/test_callback.py::test_", "tests/privacy/test_affordable.py::test_"
 
-ADD = "part.add_(torch.from_numpy(drawn).to(part.device), alpha=scale)"
+ADD = "flat[begins - first : ends - first].add_(own.to(flat.device), alpha=scale)"
 NOISE_STD = "scale = setting.noise_multiplier * setting.clip_norm"
 NOISE_STREAM = 'self.key.stream("noise", release, self.digest + weights, name, block)'
 SIZE_OF_NOISE = (NOISE + "noise_has_standard_deviation_sigma_times_clip_norm", RELEASE + "noise_of_the_update")
@@ -50,7 +50,7 @@ NOISE_MUTANTS = [
            SIZE_OF_NOISE),
     Mutant("noise of the first phase throughout", "6", "privacy/noise.py", "setting = self.plan.at(release)",
            "setting = self.plan.at(0)", (NOISE + "noise_follows_the_phase",)),
-    Mutant("noise on a copy of the sum", "6", "privacy/noise.py", "flat = total.view(-1)", "flat = total.view(-1).clone()",
+    Mutant("noise on a copy of the sum", "6", "privacy/noise.py", "flat = here.view(-1)", "flat = here.view(-1).clone()",
            (NOISE + "noise_is_added_in_place",)),
     Mutant("noise of one block for all", "36", "privacy/noise.py", NOISE_STREAM, NOISE_STREAM.replace("block", "0"),
            (NOISE + "blocks_of_a_tensor_have_independent_noise",)),
@@ -66,7 +66,7 @@ NOISE_MUTANTS = [
     Mutant("all tensors share their noise", "36", "privacy/noise.py", NOISE_STREAM, NOISE_STREAM.replace("name", '""'),
            (NOISE + "noise_is_fresh_wherever_the_sum_may_differ[name]",)),
     Mutant("noise from torch's generator", "36", "privacy/noise.py", ADD,
-           "part.add_(torch.randn(part.numel()).to(part.device), alpha=scale)",
+           "flat[begins - first : ends - first].add_(torch.randn(ends - begins).to(flat.device), alpha=scale)",
            (NOISE + "noise_is_not_that_of_a_published_seed",)),
     Mutant("noise of a large sum in one piece", "27", "privacy/noise.py", "BLOCK = 1 << 18", "BLOCK = 1 << 30",
            (NOISE + "a_large_sum_is_not_copied",)),

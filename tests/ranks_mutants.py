@@ -3,6 +3,8 @@
 RANKS, LAUNCH = "tests/privacy/test_ranks.py::test_", "tests/test_launch.py::test_"
 METHODS, CALLBACK = "tests/methods/test_ranks.py::test_", "tests/privacy/test_callback.py::test_"
 RANKS_PY, BASE_PY, CALLBACK_PY = "privacy/ranks.py", "methods/base.py", "privacy/callback.py"
+SHARDING_PY, NOISE_PY = "models/sharding.py", "privacy/noise.py"
+SHARDING, NOISE = "tests/models/test_sharding.py::test_", "tests/privacy/test_noise.py::test_"
 
 ADD_UP = "        self.ranks.add_up(sums)\n"
 RELEASE = "        self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))\n"
@@ -35,16 +37,39 @@ RANKS_MUTANTS = [
      (CALLBACK + "several_processes_are_refused",)),
     ("half of a draw by one process", "18", CALLBACK_PY, "if batches.ranks != ranks:", "if False:",
      (CALLBACK + "a_loader_of_another_share_is_refused",)),
-    ("a filler is in the sum", "18", "methods/first_order.py",
-     "            self.engine(lambda each=filler: self.losses(each), clip_norm)",
-     "            self.engine(lambda each=filler: self.losses(each), clip_norm, into=sums)",
-     (METHODS + "two_processes_are_one[dp_bitfit, dealt out]",)),
+    ("a filler is in the sum", "18", "methods/first_order.py", "into = sums if self.dealt.wholes else None", "into = sums",
+     (METHODS + "fillers_count_for_nothing[dp_bitfit, dealt out]",)),
     ("a filler's slopes are in the sum", "18", "methods/zeroth_order.py", "            self.losses(filler)",
      "            found.append(self._by_unit(filler))",
-     (METHODS + "two_processes_are_one[dpzero of an adapter, dealt out]",)),
+     (METHODS + "fillers_count_for_nothing[dpzero of an adapter, dealt out]",)),
     ("ranks make other passes", "18", "privacy/clipping/book_keeping.py", "if seen.layouts.closed:", "if False:",
      (METHODS + "no_rank_makes_a_proof_of_its_own_after_the_preflight",)),
+    ("what ranks hold is not compared", "18 24", RANKS_PY, "if other != found[0]:", "if False:",
+     (RANKS + "values_are_exchanged",)),
     ("ranks with other data", "18 24", "identity.py",
      'ranks.require_equal("configuration, data, weights, code and versions", digest)', "pass",
      (LAUNCH + "ranks_that_see_other_data",)),
+    ("a filler is in the sum of all ranks", "18", SHARDING_PY, "value if self.own else value.zero_()", "value",
+     (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
+    ("what others add while this rank has nothing is lost", "18", "methods/first_order.py",
+     "into = sums if self.dealt.wholes else None", "into = None",
+     (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
+    ("the mean of all ranks' sums", "17", SHARDING_PY, "[Partial()], run_check", '[Partial("avg")], run_check',
+     (METHODS + "two_processes_are_one[dp_full, dealt out]",)),
+    ("parts are added up twice", "17", RANKS_PY,
+     "_buckets(value for value in sums.values() if not isinstance(value, DTensor))",
+     "_buckets(held_here(value) for value in sums.values())", (METHODS + "two_processes_are_one[dp_full, dealt out]",)),
+    ("every part has the noise of the first", "17", NOISE_PY, "held_here(total), begins_here(total)", "held_here(total), 0",
+     (METHODS + "noise_is_that_of_one_process[dp_full, dealt out]", NOISE + "parts_have_the_noise_of_the_whole")),
+    ("a part begins with its block", "17", NOISE_PY, "drawn[begins - block * BLOCK :]", "drawn[: ends - begins]",
+     (NOISE + "parts_have_the_noise_of_the_whole",)),
+    ("each rank's part has a key of its own", "35", BASE_PY,
+     "self.ranks.together(found) if self.dealt is not None and self.dealt.wholes else found", "found",
+     (LAUNCH + "weights_are_dealt_out[toy_text-dp_full]",)),
+    ("parts are not compared with the whole", "15", "methods/dealing.py", "wrong.append(name)", "pass",
+     (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),
+    ("an engine that sees no parts", "15", "methods/dealing.py", "engine.dealt = method.dealt", "pass",
+     (METHODS + "two_processes_are_one[dp_full, dealt out]",)),
+    ("what moved on another rank stands still", "16", CALLBACK_PY, "if all(name in others for others in on_ranks)]", "]",
+     (CALLBACK + "what_moved_on_another_rank_has_moved",)),
 ]  # fmt: skip

@@ -155,10 +155,11 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "method"), [("toy_text", "dp_bitfit"), pytest.param("toy_lm", "dp_lora", marks=pytest.mark.sweep)]
+    ("task", "method"),
+    [("toy_text", "dp_bitfit"), ("toy_text", "dp_full"), pytest.param("toy_lm", "dp_lora", marks=pytest.mark.sweep)],
 )
-def test_frozen_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_path):
-    """Trained, scored and saved by both ranks together; another program loads the frozen weights that were there before."""
+def test_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_path):
+    """Trained, scored and saved by both ranks together; another program loads them, the frozen ones as they were before."""
     given = (f"task={task}", f"method={method}", "eps=8", "trainer.devices=2", "trainer.strategy=fsdp", "epochs=0.3",
              "batch_size=100", "trainer.accelerator=cpu", "trainer.progress=false", "trainer.validate_every=2")  # fmt: skip
     code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}")
@@ -168,19 +169,37 @@ def test_frozen_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_pat
     assert record["state"] == "finished"
     code, output = privzoo_on_few_rows(f"run={folder}", module="privzoo.evaluate")
     assert code == 0, output
-    if method == "dp_bitfit":
+    if task == "toy_text":
         began = AutoModelForSequenceClassification.from_pretrained(TINY_FOLDER / "tiny_encoder").state_dict()
         saved = AutoModelForSequenceClassification.from_pretrained(folder / "model").state_dict()
         same = {name for name in began if torch.equal(began[name], saved[name])}
         assert {name for name in began if name not in same} == {
-            name for name in began if name.endswith("bias") or name.startswith("classifier")
+            name for name in began if method == "dp_full" or name.endswith("bias") or name.startswith("classifier")
         }
+
+
+def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(privzoo_on_few_rows, tmp_path):
+    """PRIVACY 35: weights and moments of both ranks lie in one checkpoint, whole, and come back to the same bits."""
+    given = (*SEEDED, "trainer.strategy=fsdp", "method.average={_target_:privzoo.methods.average.ExponentialAverage}")
+    code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}/whole")
+    assert code == 0, output
+    kill = {"at": "draw rows", "count": 4, "when": "before"}
+    code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}/killed", kill=kill, kill_rank=1)
+    assert code == 1, output
+    (straight,), (folder,) = (tmp_path / "whole").iterdir(), (tmp_path / "killed").iterdir()
+    held = torch.load(folder / "last.ckpt", weights_only=True)
+    shapes = {name: value.shape for name, value in held["state_dict"].items()}
+    assert shapes["model.classifier.weight"] == (2, shapes["model.classifier.weight"][1])
+    code, output = privzoo_on_few_rows(f"resume={folder}", "trainer.progress=false")
+    assert code == 0, output
+    assert [line["release"] for line in ledger_of(folder)] == list(range(6))
+    assert weights_of(folder) == weights_of(straight)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=dp_full"], "most weights of this method are trained"),
+        (["method=dpzero"], "cannot deal out what ZerothOrder trains"),
         (["method=dp_bitfit", "method.engine._target_=privzoo.privacy.clipping.Loop"], "those of Loop hang on the rows"),
     ],
 )

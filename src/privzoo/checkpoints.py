@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.errors import RunLost, UserError
 from privzoo.files import sync_folder
-from privzoo.methods.base import Interrupted, PrivateMethod, seal_of
+from privzoo.methods.base import Interrupted, PrivateMethod
+from privzoo.methods.contents import seal_of
 from privzoo.privacy.streams import RunKey
 
 

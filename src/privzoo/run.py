@@ -18,9 +18,10 @@ from privzoo.errors import Stopped
 from privzoo.files import write_json
 from privzoo.identity import digest_of_run, digest_on_ranks, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
+from privzoo.methods.dealing import put_in_place
 from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import LoadedModel
-from privzoo.models.sharding import shard_frozen, whole_state
+from privzoo.models.sharding import deal_out, whole_state
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
@@ -154,11 +155,12 @@ def _method(
     )
     if cfg.trainer.gradient_checkpointing:
         turn_on_checkpointing(loaded.model)
-    if cfg.trainer.strategy == "fsdp":
-        method.deal_out(partial(shard_frozen, device=device, ranks=ranks.count))
-    method.to(device).train()
-    _check_before(method)
-    method.close_layouts()
+    refuse_coupling_modules(method.model, getattr(task, "max_length", None))
+    by_length = task.by_length(task.train)
+    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
+    rows = [task.train[by_length[place]] for place in sorted(set(places))]
+    dealer = partial(deal_out, device=device, ranks=ranks.count) if cfg.trainer.strategy == "fsdp" else None
+    put_in_place(method, rows, device, dealer)
     return method
 
 
@@ -254,14 +256,6 @@ def _finish(
     write_record(folder.path, record)
     folder.key.unlink()
     return record
-
-
-def _check_before(method: PrivateMethod) -> None:
-    task = method.task
-    refuse_coupling_modules(method.model, getattr(task, "max_length", None))
-    by_length = task.by_length(task.train)
-    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
-    method.preflight([task.train[by_length[place]] for place in sorted(set(places))])
 
 
 def _loggers(folder: RunFolder, start: int) -> list[RunLogger]:

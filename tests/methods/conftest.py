@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from privzoo.methods.directions import SeededSGD
 from privzoo.methods.first_order import FirstOrder
 from privzoo.methods.zeroth_order import ZerothOrder
+from privzoo.models.sharding import whole
 from privzoo.privacy.clipping import BookKeeping
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
@@ -76,7 +77,7 @@ class Recorder(Callback):
         self.save_after, self.save_to = None, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights.append({name: p.detach().clone() for name, p in pl_module.trainable.items()})
+        self.weights.append({name: whole(p.detach()).clone() for name, p in pl_module.trainable.items()})
         self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
         self.examples.append([int(each) for m in batch.micro_batches for each in m.examples])
         if trainer.global_step == self.save_after:

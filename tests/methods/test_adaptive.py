@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from privzoo.errors import UserError
-from privzoo.identity import _weights_of
-from privzoo.methods.base import seal_of
+from privzoo.methods.contents import seal_of
 from privzoo.privacy.clipping import AdaptiveClip
 from privzoo.privacy.clipping.adaptive import COUNT
 from privzoo.privacy.noise import NoiseMechanism, fingerprint
@@ -149,7 +148,8 @@ def test_the_clip_norm_lies_in_the_checkpoint_and_keys_the_noise(make_run, plans
     assert checkpoint["seal"] == seal
     before = run.method._fingerprint()
     assert before == run.method.weights == fingerprint_of(run.method.trainable, run.method.adaptive.scale)
-    assert _weights_of(checkpoint) == before
+    assert checkpoint["weights"] == before
+    assert seal_of(checkpoint | {"weights": "of another release"}, run.method.mechanism.key) != seal
     checkpoint["state_dict"]["adaptive.scale"] += 1e-6
     assert seal_of(checkpoint, run.method.mechanism.key) != seal
     run.method.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from privzoo.errors import UserError
-from privzoo.methods.base import seal_of
+from privzoo.methods.contents import seal_of
 from privzoo.methods.dp_adam import DPAdamBC
 from privzoo.methods.optimizers import make_optimizer
 from privzoo.privacy.clipping import AdaptiveClip

@@ -4,6 +4,7 @@ import itertools
 import os
 from contextlib import nullcontext
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from peft import LoraConfig
 
 from privzoo.errors import UserError
 from privzoo.methods.base import Interrupted
+from privzoo.methods.dealing import close_layouts, put_in_place
 from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.models.adapters import wrap
-from privzoo.models.sharding import shard_frozen
+from privzoo.models.sharding import deal_out
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.plan import PrivacyPlan
@@ -35,13 +37,16 @@ CASES = {
     "adaptive": {"adaptive": partial(AdaptiveClip, count_noise=3.0)},
     "dp_lora, dealt out": {**LORA, "dealt_out": True},
     "dp_bitfit, dealt out": {"trainable": "biases", "dealt_out": True},
+    "dp_full, dealt out": {"dealt_out": True},
+    "adaptive, dealt out": {"adaptive": partial(AdaptiveClip, count_noise=3.0), "dealt_out": True},
     "dpzero of an adapter, dealt out": {**LORA, **WALK, "dealt_out": True},
     "dpzero": WALK,
     "dpzero with 3 directions": {**WALK, "directions": 3},
     "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]},
     "nothing but noise": {"rows": NOTHING, "optimizer": torch.optim.SGD, "lr": 1.0, "schedule": "constant"},
 }
-WITH_NOISE = ("dp_full", "adaptive", "dpzero with 3 directions")
+DEALT_OUT = ("dp_bitfit, dealt out", "dp_full, dealt out", "dpzero of an adapter, dealt out")
+WITH_NOISE = ("dp_full", "adaptive", "dp_full, dealt out", "dpzero with 3 directions")
 SCRIPT = """
 import sys, torch
 sys.path[:0] = [{folder!r}]
@@ -72,7 +77,7 @@ WANTED = [
     *((case, True, 8) for case in WITH_NOISE),
     ("nothing but noise", True, 1),
     ("dp_full", True, 1),
-    ("dp_bitfit, dealt out", True, 1),
+    *((case, noise, 1) for case in DEALT_OUT for noise in (True, False)),
 ]
 
 
@@ -86,10 +91,9 @@ def made(run_of, case, noise, batch_size, ranks):
     dealt_out = options.pop("dealt_out", False) and ranks.count > 1
     run = run_of(plan, ranks=ranks, microbatch_size=3, **options)
     if dealt_out:
-        run.method.deal_out(partial(shard_frozen, device=torch.device("cpu"), ranks=ranks.count))
         run.batches.level = True
-        run.method.preflight(ROWS[:4])
-        run.method.close_layouts()
+        device = torch.device("cpu")
+        put_in_place(run.method, ROWS[:4], device, partial(deal_out, device=device, ranks=ranks.count))
     run.method._fingerprint = lambda: "00" * 32
     if not noise:
         run.method.mechanism._add_noise = lambda *_: None
@@ -154,7 +158,7 @@ def test_noise_is_drawn_once_for_all(on_two):
     assert all(torch.equal(mine[name], yours[name]) for mine, yours in zip(weights, others, strict=True) for name in mine)
 
 
-@pytest.mark.parametrize("case", ["dp_full", "dp_bitfit, dealt out"])
+@pytest.mark.parametrize("case", ["dp_full", *DEALT_OUT])
 def test_uneven_and_empty_draws_hang_nothing(case, on_two):
     """Of 40 draws at q = 1/40 many are empty and most of the others are of one example; where all ranks have to make all
     passes together, the others go through fillers."""
@@ -163,6 +167,17 @@ def test_uneven_and_empty_draws_hang_nothing(case, on_two):
     assert len(counts) == 40
     assert {0, 1} <= set(counts)
     assert all(torch.equal(weights[-1][name], others[-1][name]) for name in weights[-1])
+
+
+@pytest.mark.parametrize("case", DEALT_OUT)
+def test_fillers_count_for_nothing(case, on_two, make_run):
+    """PRIVACY 18: most of these draws are of no or one example, so that one rank makes the passes of the other's."""
+    (weights, *_), (others, *_) = on_two(case, False, 1)
+    alone = made(make_run, case, False, 1, ALONE)
+    alone.fit()
+    for name, value in alone.recorder.weights[-1].items():
+        assert torch.equal(weights[-1][name], others[-1][name])
+        torch.testing.assert_close(weights[-1][name], value, **TOLERANCE[value.dtype])
 
 
 @pytest.mark.parametrize(("case", "values"), [("dpzero", 1), ("dpzero with 3 directions", 3), ("dp_bitfit", 179)])
@@ -192,7 +207,7 @@ def test_a_rank_gives_its_share_before_it_stops(kind, make_run):
 def test_no_rank_makes_a_proof_of_its_own_after_the_preflight(make_run):
     """The others make no such passes, and would wait for ever."""
     run = made(make_run, "dp_bitfit", True, 8, ALONE)
-    run.method.dealt_out = True
-    run.method.close_layouts()
+    run.method.dealt = SimpleNamespace(wholes={})
+    close_layouts(run.method)
     with pytest.raises(UserError, match="where the pre-flight saw none"):
         run.method.query(run.batches[0])

@@ -1,6 +1,7 @@
-"""Frozen weights dealt out to two real processes (FSDP2). Sums and weights: tests/methods/test_ranks.py."""
+"""Weights dealt out to two real processes (FSDP2). Sums and weights: tests/methods/test_ranks.py."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ import transformers as hf
 from torch import nn
 
 from privzoo.errors import UserError
-from privzoo.models.sharding import shard_frozen, whole_state
+from privzoo.methods.dealing import check_parts, refuse_parts
+from privzoo.models.sharding import deal_out, part_like, whole, whole_state
+from privzoo.privacy.clipping import BookKeeping, Loop
+from privzoo.privacy.ranks import ALONE
 
 SCRIPT = """
 import json, torch, transformers as hf
 from peft import LoraConfig, get_peft_model
-from privzoo.models.sharding import shard_frozen, whole_state
+from privzoo.models.sharding import deal_out, whole_state
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.ranks import held_here, join_ranks, leave_ranks
 ranks = join_ranks()
@@ -26,17 +30,18 @@ before = model.generate(prompt, **options).tolist()
 whole, values = fingerprint(model.state_dict().items()), sum(p.numel() for p in model.parameters())
 if {adapter}:
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"]))
-trained = [p for n, p in model.named_parameters() if "lora" in n or (n.endswith("bias") and not {adapter})]
-for parameter in model.parameters():
-    parameter.requires_grad_(any(parameter is each for each in trained))
-settle = shard_frozen(model, trained, torch.device("cpu"), ranks.count)
+trained = {{n: p for n, p in model.named_parameters() if {trained}}}
+for name, parameter in model.named_parameters():
+    parameter.requires_grad_(name in trained)
+dealt = deal_out(model, trained, {whole}, torch.device("cpu"), ranks.count)
 after = model.generate(input_ids=prompt, **options).tolist()
-settle()
-frozen = [p for p in model.parameters() if not p.requires_grad]
+dealt.settle()
+shared = [p for n, p in model.named_parameters() if n not in trained or not {whole}]
 state = whole_state(model)
 found = dict(
-    same_text=before == after, held=sum(held_here(p).numel() for p in frozen), of=sum(p.numel() for p in frozen),
-    trained_whole=all(held_here(p) is p for p in trained), put_together=state and fingerprint(state.items()) == whole,
+    same_text=before == after, held=sum(held_here(p).numel() for p in shared), of=sum(p.numel() for p in shared),
+    trained_whole=all(held_here(p) is p for n, p in model.named_parameters() if n in trained),
+    wholes=sorted(dealt.wholes) == sorted(trained), put_together=state and fingerprint(state.items()) == whole,
 )
 with open(f"{out}/{{ranks.rank}}", "w") as file:
     json.dump(found, file)
@@ -44,16 +49,19 @@ leave_ranks()
 """
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_each_rank_holds_a_part(adapter, privzoo, tmp_path):
-    """What a model says is the same; about half of the frozen values lie on each rank, the trained ones on both; put
-    together they are what was dealt out."""
-    code, output = privzoo(script=SCRIPT.format(adapter=adapter, out=tmp_path), ranks=2)
+@pytest.mark.parametrize(("trained", "whole"), [("adapter", True), ("biases", True), ("all", False)])
+def test_each_rank_holds_a_part(trained, whole, privzoo, tmp_path):
+    """What a model says is the same; about half of the values lie on each rank, and what is trained on both where it stays
+    whole; put together they are what was dealt out."""
+    adapter, names = trained == "adapter", {"adapter": '"lora" in n', "biases": 'n.endswith("bias")', "all": "True"}
+    script = SCRIPT.format(adapter=adapter, trained=names[trained], whole=whole, out=tmp_path)
+    code, output = privzoo(script=script, ranks=2)
     assert code == 0, output
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     for each in found:
         assert each["same_text"]
-        assert each["trained_whole"]
+        assert each["trained_whole"] is whole
+        assert each["wholes"] is not whole
         assert each["held"] < 0.6 * each["of"]
         assert each["put_together"] is (None if adapter else True)
     assert sum(each["held"] for each in found) >= found[0]["of"]
@@ -62,11 +70,44 @@ def test_each_rank_holds_a_part(adapter, privzoo, tmp_path):
 def test_what_cannot_be_dealt_out():
     """Before any process is asked."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(UserError, match="most weights of this method are trained"):
-        shard_frozen(model, model.parameters(), torch.device("cpu"), 2)
     model[0].weight = nn.Parameter(torch.zeros(64, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match="cannot deal out a quantised model"):
-        shard_frozen(model, [model[1].bias], torch.device("cpu"), 2)
+        deal_out(model, {"1.bias": model[1].bias}, True, torch.device("cpu"), 2)
+
+
+def test_what_needs_the_whole_model_at_once():
+    """A bound that would not hold, or a gradient that would go nowhere, is refused by its name."""
+    model = nn.Linear(4, 2)
+    fine, by_layer, derives = BookKeeping(model), BookKeeping(model, groups="layer"), BookKeeping(model)
+    derives.layouts.proved["weight#0", 1] = "batch first"
+    for engine, phases, message in (
+        (Loop(model), 1, "those of Loop hang on the rows"),
+        (None, 1, "cannot deal out what Walk trains"),
+        (by_layer, 1, "clipped by layer"),
+        (fine, 2, "trained in phases"),
+        (derives, 1, r"others are made of \(weight#0\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse_parts(engine, "Walk", phases, True)
+    refuse_parts(fine, "Walk", 1, True)
+    for engine in (None, fine, by_layer, derives):
+        refuse_parts(engine, "Walk", 2, False)
+
+
+@pytest.mark.parametrize(("wrong", "names"), [(1.0, "first"), (float("nan"), "first"), (0.0, None)])
+def test_parts_that_are_not_those_of_the_whole_are_seen(wrong, names):
+    """PRIVACY 15: also where they are not finite."""
+    alone = {"zero": torch.zeros(3), "first": torch.tensor([1.0, -2.0, 0.5]), "empty": torch.zeros(0)}
+    found = {name: value.clone() for name, value in alone.items()}
+    found["first"][1] += wrong
+    with pytest.raises(RuntimeError, match=f"The clipped sum of {names}") if names else nullcontext():
+        check_parts(found, alone, ALONE)
+
+
+def test_what_is_whole_stays_what_it_is():
+    for value in (torch.ones(2), 3, None):
+        assert whole(value) is value
+        assert part_like(value, torch.zeros(2)) is value
 
 
 def test_the_state_of_a_whole_model():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -266,6 +267,16 @@ def test_wrong_batches_are_refused_one_by_one(tiny_run) -> None:
 
 
 # ---- every tensor moves
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_what_moved_on_another_rank_has_moved(tiny_run, monkeypatch, elsewhere: bool) -> None:
+    """PRIVACY 16: of a tensor that is dealt out each rank sees its own part alone; here the other rank's answer is given."""
+    run = tiny_run(some_plan(epochs=2), ROWS, unused=True)
+    run.method.make_optimizer = lambda groups, lr: torch.optim.SGD(groups[0]["params"][:1], lr=lr)
+    monkeypatch.setattr(Ranks, "all_of", lambda _, still: [still, [] if elsewhere else still])
+    with nullcontext() if elsewhere else pytest.raises(UserError, match="first unused"):
+        run.fit()
 
 
 @pytest.mark.parametrize(("epochs", "releases"), [(2, MOVED_BY), (0.5, 2)])

@@ -1,5 +1,6 @@
 """The Gaussian mechanism: how much noise, where it comes from, and that it comes in place."""
 
+import itertools
 import math
 import tracemalloc
 from types import SimpleNamespace
@@ -157,6 +158,20 @@ def test_noise_is_the_documented_stream() -> None:
     sums = {"w": torch.zeros(BLOCK + 9)}
     mechanism().release(sums, 3, WEIGHTS)
     assert torch.equal(sums["w"], torch.zeros(BLOCK + 9).add_(expected, alpha=STD))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_have_the_noise_of_the_whole(monkeypatch, dtype) -> None:
+    """PRIVACY 17: ranks that hold parts draw together what one process draws; parts begin and end anywhere in a block. Where
+    one begins is what two real processes ask their tensors in tests/methods/test_ranks.py."""
+    size, cuts = 3 * BLOCK + 5, (0, 0, 3, BLOCK - 1, BLOCK + 2, 3 * BLOCK, 3 * BLOCK, 3 * BLOCK + 5)
+    whole = torch.zeros(size, dtype=dtype)
+    mechanism().release({"w": whole}, 3, WEIGHTS)
+    for begins, ends in itertools.pairwise(cuts):
+        monkeypatch.setattr("privzoo.privacy.noise.begins_here", lambda _, begins=begins: begins)
+        part = torch.zeros(ends - begins, dtype=dtype)
+        mechanism().release({"w": part}, 3, WEIGHTS)
+        assert torch.equal(part, whole[begins:ends]), (begins, ends)
 
 
 @pytest.mark.parametrize("threads", [2, 5])

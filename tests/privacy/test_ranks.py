@@ -115,25 +115,29 @@ def test_a_stop_and_weights_are_everybodys(on_two):
     found = on_two("""
 same, other = "ab" * 32, ("ab" if ranks.rank else "aa") * 32
 asked = [ranks.any_stops(False, same), ranks.any_stops(ranks.rank == 1, same), ranks.any_stops(True, same)]
+error = None
 try:
     ranks.any_stops(False, other)
-except RuntimeError as error:
-    tell(asked=asked, error=str(error))
+except RuntimeError as raised:
+    error = str(raised)
+tell(asked=asked, error=error)
 leave_ranks()
 """)
     assert found[0] == found[1]
     assert found[0]["asked"] == [False, True, True]
-    assert found[0]["error"].startswith("Weights are not the same on every rank")
+    assert str(found[0]["error"]).startswith("Weights are not the same on every rank")
 
 
 def test_values_are_exchanged(on_two):
     found = on_two("""
 first, all_ = ranks.from_first({"of": ranks.rank}), ranks.all_of([ranks.rank])
 ranks.require_equal("data", "the same")
+error = None
 try:
     ranks.require_equal("data", f"of rank {ranks.rank}")
-except ValueError as error:
-    tell(first=first, all=all_, error=str(error), me=[ranks.rank, ranks.count, ranks.first])
+except ValueError as raised:
+    error = str(raised)
+tell(first=first, all=all_, error=error, me=[ranks.rank, ranks.count, ranks.first])
 leave_ranks()
 """)
     assert [each["me"] for each in found] == [[0, 2, True], [1, 2, False]]
@@ -155,7 +159,7 @@ except module.RankLost as error:
 os._exit(0)
 """
     found = on_two(code)
-    assert found[0]["error"].startswith("Another process of the run has ended (")
+    assert str(found[0]["error"]).startswith("Another process of the run has ended (")
 
 
 def test_alone_nothing_is_exchanged(monkeypatch):

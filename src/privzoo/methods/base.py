@@ -9,19 +9,19 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
+from privzoo.methods.contents import pack, unpack
 from privzoo.methods.optimizers import has_modes, make_optimizer
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
+from privzoo.models.sharding import DealtOut
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.ranks import ALONE, Ranks
 from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
-from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import Task
 
 Adapter = Callable[[nn.Module, tuple[str, ...]], tuple[nn.Module, tuple[str, ...]]]
@@ -112,8 +112,7 @@ class PrivateMethod(LightningModule):
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.ranks = ranks
-        self.dealt_out = False  # whether ranks hold parts of the frozen weights, and make all passes together
-        self.settle: Callable[[], None] = lambda: None
+        self.dealt: DealtOut | None = None
         self.stop_requested = False
 
     # ---- one release
@@ -198,31 +197,16 @@ class PrivateMethod(LightningModule):
         """What the phase at hand trains, by name; the rest of `trainable` rests."""
         return {name: p for name, p in self.trainable.items() if p.requires_grad}
 
-    def deal_out(self, dealer: Callable[[nn.Module, Iterable[nn.Parameter]], Callable[[], None]]) -> None:
-        """Let a dealer give each rank a part of the frozen weights, see `privzoo.models.sharding.shard_frozen`.
-
-        Raises:
-            UserError: for an engine whose passes hang on the rows, as all ranks must make the same ones.
-        """
-        engine = getattr(self, "engine", None)
-        if engine is not None and not getattr(engine, "even_passes", False):
-            raise UserError(
-                f"trainer.strategy=fsdp needs the same passes on every rank, and those of {type(engine).__name__} hang on "
-                "the rows: take BookKeeping."
-            )
-        self.settle = dealer(self.model, self.trainable.values())
-        self.dealt_out = True
-
-    def close_layouts(self) -> None:
-        """After the pre-flight, which every rank has made with the same rows: no rank makes passes of its own."""
-        engine = getattr(self, "engine", None)
-        if self.dealt_out and engine is not None:
-            engine.layouts.closed = True
+    @property
+    def dealt_out(self) -> bool:
+        """Whether each rank holds a part of the model, so that all ranks make all passes together."""
+        return self.dealt is not None
 
     def fingerprint_of_the_rest(self) -> str:
         """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning. Of
         dealt-out ones it is of this rank's part."""
-        self.settle()
+        if self.dealt is not None:
+            self.dealt.settle()
         rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
         return fingerprint([*rest, *self.model.named_buffers()])
 
@@ -249,7 +233,8 @@ class PrivateMethod(LightningModule):
         """Of the weights, and of the method's own state (a clip norm that adapts): what the next sum is taken at. No sum is
         taken at an average."""
         own = [(name, value) for name, value in self._own_state().items() if not name.startswith("average.")]
-        return fingerprint([*self.trainable.items(), *own, *self._exact_copies()])
+        found = fingerprint([*self.trainable.items(), *own, *self._exact_copies()])
+        return self.ranks.together(found) if self.dealt is not None and self.dealt.wholes else found
 
     def _exact_copies(self) -> list[tuple[str, Tensor]]:
         """What an optimizer keeps of weights that are its rounding: `exact.<number of the parameter in it>`."""
@@ -327,31 +312,13 @@ class PrivateMethod(LightningModule):
         return batch  # micro-batches move one at a time, in query
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's, on every rank; the first one writes."""
         wanted = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in wanted}
-        checkpoint["seal"] = seal_of(checkpoint, self.mechanism.key)
+        pack(checkpoint, wanted, self.weights, self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError unless the checkpoint holds exactly what this method trains, in the same groups."""
-        expected = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
-        if checkpoint["state_dict"].keys() != expected:
-            raise UserError(
-                f"The checkpoint holds {len(checkpoint['state_dict'])} tensors, expected the {len(expected)} that this "
-                "method trains: resume with the run's own configuration."
-            )
-        groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
-        if groups != [len(group["params"]) for group in self._parameter_groups()]:
-            raise UserError(
-                "The checkpoint's optimizer has other groups of parameters: another version made it; start again."
-            )
+        now = {f"model.{name}": parameter for name, parameter in self.trainable.items()} | self._own_state()
+        unpack(checkpoint, now, self._parameter_groups())
         if self.made is None and has_modes(self.new_optimizer()):  # a run that is over is scored without training again
             self.made.load_state_dict(checkpoint["optimizer_states"][0])  # type: ignore[attr-defined]
-
-
-def seal_of(checkpoint: dict[str, Any], key: RunKey) -> str:
-    """A code over what a checkpoint lets into a run (step, weights, the method's and optimizer's state) that only this run
-    can make."""
-    leaves = tree_leaves(checkpoint["optimizer_states"])
-    held = [(str(i), leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-    return key.seal(f"{checkpoint['global_step']} {fingerprint([*checkpoint['state_dict'].items(), *held])} {numbers}")

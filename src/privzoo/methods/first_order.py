@@ -69,7 +69,10 @@ class FirstOrder(PrivateMethod):
             losses.append(found.losses)
             norms.append(found.norms)
         for filler in batch.fillers:
-            self.engine(lambda each=filler: self.losses(each), clip_norm)
+            assert self.dealt is not None
+            with self.dealt.without_own():  # where sums are dealt out, what others add to this rank's part comes in here
+                into = sums if self.dealt.wholes else None
+                self.engine(lambda each=filler: self.losses(each), clip_norm, into=into)
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())
         active = self.active

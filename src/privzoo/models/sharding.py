@@ -1,57 +1,112 @@
-"""Frozen weights dealt out to several processes (FSDP2): each holds a part, and a whole block for as long as it computes."""
+"""A model dealt out to several processes (FSDP2): each holds a part, and a whole block for as long as it computes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from privzoo.errors import UserError
 
 
-def shard_frozen(model: nn.Module, trained: Iterable[nn.Parameter], device: torch.device, ranks: int) -> Callable[[], None]:
-    """Deal out what is not trained, block by block, and leave the trained part whole on every rank.
+class DealtOut:
+    """A model of which each rank holds a part; all ranks have to make the same passes, as weights come from all of them.
 
-    Every rank has to make the same forward and backward passes afterwards, as weights come from all of them. What an engine
-    sees of the trained parameters is what it sees without this.
+    An engine sees trained parameters as it would without this, whether they are whole on every rank or come in each pass.
 
     Args:
         model: whole on every rank, on any device; in place.
-        trained: parameters that any phase trains.
-        device: where this rank computes; a block at a time goes there, of which its part stays.
-        ranks: how many processes have joined.
-    Returns:
-        A function after which this rank holds no more than its part; between passes it may still hold what lies outside of
-        blocks.
-    Raises:
-        UserError: if there is little to deal out, or it is quantised.
+        trained: parameters that any phase trains, by name.
+        whole: whether they stay whole on every rank; else they are dealt out, too.
+        mesh: one dimension, of all ranks; a block at a time goes to its device, of which the rank's part stays.
+
+    Attributes:
+        wholes: of trained parameters that are dealt out what modules use in a pass, by name. They are the same objects
+            in every pass, and empty between passes.
     """
-    keep = set(trained)
-    frozen = [p for p in model.parameters() if p not in keep]
-    if sum(p.numel() for p in frozen) < sum(p.numel() for p in keep):
-        raise UserError(
-            "trainer.strategy=fsdp deals out frozen weights, and most weights of this method are trained: take "
-            "trainer.strategy=replicas, or a method such as dp_lora."
-        )
-    if not all(p.is_floating_point() for p in frozen):
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter], whole: bool, mesh: DeviceMesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.own = True
+        keep = set(trained.values()) if whole else set()
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for block in reversed([block for blocks in lists for block in blocks]):  # inner ones first
+            fully_shard(block, mesh=mesh, ignored_params=keep)
+        fully_shard(model, mesh=mesh, ignored_params=keep)
+        if hasattr(model, "generate"):
+            register_fsdp_forward_method(model, "generate")
+        self.wholes = {} if whole else self._wholes(trained)
+
+    def _wholes(self, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for part in self._parts():
+            part.unshard()
+            here = {id(parameter) for parameter in part.parameters()}  # type: ignore[attr-defined]
+            found |= {n: p for n, p in self.model.named_parameters() if id(p) in here and not isinstance(p, DTensor)}
+            part.reshard()
+        return {name: found[name] for name in trained}
+
+    def _parts(self) -> list[FSDPModule]:
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def settle(self) -> None:
+        """This rank holds no more than its part; between passes it may still hold what lies outside of blocks."""
+        for part in self._parts():
+            part.reshard()
+
+    @contextmanager
+    def without_own(self) -> Iterator[None]:
+        """Meanwhile what this rank adds up counts as 0; what others add to its part counts."""
+        self.own = False
+        try:
+            yield
+        finally:
+            self.own = True
+
+    def add(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Add up a sum over all ranks, of which each keeps its part in `sums`: all call this with the same names in the
+        same order.
+
+        Args:
+            value: this rank's, whole; overwritten.
+        """
+        value = value if self.own else value.zero_()
+        total = DTensor.from_local(value, self.mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)])
+        sums[name] = sums[name].add_(total) if name in sums else total
+
+
+def deal_out(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], whole: bool, device: torch.device, ranks: int
+) -> DealtOut:
+    """Deal a model out to all ranks, which have joined one another.
+
+    Args:
+        device: where this rank computes.
+        rest: see `DealtOut`.
+    Raises:
+        UserError: if it is quantised.
+    """
+    if not all(p.is_floating_point() for p in model.parameters()):
         raise UserError("trainer.strategy=fsdp cannot deal out a quantised model: take trainer.strategy=replicas.")
-    mesh = init_device_mesh(device.type, (ranks,))
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for block in reversed([block for blocks in lists for block in blocks]):  # inner ones first
-        fully_shard(block, mesh=mesh, ignored_params=keep)
-    fully_shard(model, mesh=mesh, ignored_params=keep)
-    if hasattr(model, "generate"):
-        register_fsdp_forward_method(model, "generate")
+    return DealtOut(model, trained, whole, init_device_mesh(device.type, (ranks,)))
 
-    def settle() -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
-    return settle
+def whole(value: Any) -> Any:
+    """A dealt-out tensor put together again, on the CPU; all ranks take part. Anything else is what it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def part_like(value: Any, like: Any) -> Any:
+    """A whole tensor, the same on every rank, dealt out as another of its shape is; anything else is what it is."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    on_device = value.to(like.to_local().device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -61,7 +116,4 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """
     if isinstance(model, PeftModel):
         return None
-    return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
-        for name, value in model.state_dict().items()
-    }
+    return {name: whole(value) for name, value in model.state_dict().items()}

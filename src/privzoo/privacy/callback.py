@@ -117,6 +117,8 @@ class PrivacyCallback(Callback):
     def _check_moved(self, module: PrivateModule) -> None:
         now = _fingerprints(module)
         still = [name for name in module.active if self._before.get(name) == now[name]]
+        on_ranks = module.ranks.all_of(still)  # of a tensor that is dealt out another rank's part may have moved
+        still = [name for name in still if all(name in others for others in on_ranks)]
         if still:
             raise UserError(
                 f"{len(still)} trainable tensors have not moved after {self._made - self._phase_began} releases, first "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from privzoo.privacy.accounting import GAUSSIAN
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.ranks import held_here
+from privzoo.privacy.ranks import begins_here, held_here
 from privzoo.privacy.streams import RunKey
 
 BLOCK = 1 << 18  # values a block: 1 MiB of float32. Part of a stream's definition, as is float32.
@@ -43,7 +43,8 @@ class NoiseMechanism:
     N(0, (noise_multiplier * clip_norm)^2), or N(0, noise_std^2) of the part, on every coordinate; in a plan of Laplace noise
     the norms are L1 and the noise is Laplace(noise_multiplier * clip_norm). It is keyed by (run key,
     release, digest, weights, tensor name). A second call with the same arguments gives the same noise; a call at other
-    weights or in another configuration gives fresh noise.
+    weights or in another configuration gives fresh noise. Of a sum that is dealt out to ranks each rank draws for its part
+    what would be drawn there for the whole sum: together they are one draw, whatever their number.
 
     Args:
         plan: the public numbers.
@@ -87,25 +88,28 @@ class NoiseMechanism:
             self._add_noise(total, scales[name], release, weights, name)
 
     def _add_noise(self, total: Tensor, scale: float, release: int, weights: str, name: str) -> None:
-        if not total.is_contiguous():
+        here, first = held_here(total), begins_here(total)
+        if not here.is_contiguous():
             raise ValueError(f"Expected a contiguous sum for {name}: its flat view must be the tensor itself.")
-        flat = total.view(-1)
+        flat = here.view(-1)
+        end = first + len(flat)
         # float32 noise on a float64 sum could be told from the sum by its missing digits.
         dtype: Any = np.float64 if total.dtype == torch.float64 else np.float32
-        blocks = range(-(-flat.numel() // BLOCK))
+        blocks = range(first // BLOCK, -(-end // BLOCK) if len(flat) else first // BLOCK)
 
         def add(block: int) -> None:
-            part = flat[block * BLOCK : (block + 1) * BLOCK]
-            drawn = np.empty(part.numel(), dtype=dtype)
+            begins, ends = max(first, block * BLOCK), min(end, (block + 1) * BLOCK)
+            drawn = np.empty(ends - block * BLOCK, dtype=dtype)  # of a block whose beginning another rank holds, that too
             stream = self.key.stream("noise", release, self.digest + weights, name, block)
             if self.plan.noise == GAUSSIAN:
                 stream.standard_normal(out=drawn, dtype=dtype)
             else:
                 drawn[:] = stream.laplace(size=len(drawn))
-            part.add_(torch.from_numpy(drawn).to(part.device), alpha=scale)
+            own = torch.from_numpy(drawn[begins - block * BLOCK :])
+            flat[begins - first : ends - first].add_(own.to(flat.device), alpha=scale)
 
         if len(blocks) == 1:
-            add(0)
+            add(blocks[0])
         else:
             list(self._pool.map(add, blocks))
 

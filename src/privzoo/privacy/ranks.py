@@ -5,18 +5,20 @@ streams of one run key, and noise goes on the total, after the sums were added u
 that one process makes, whatever the number of ranks; what they make of different shares differs by rounding alone.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from privzoo.errors import RunLost, UserError, first_line
 
@@ -54,19 +56,30 @@ class Ranks:
         """Replaces each tensor, in place, by the total over all ranks: the same bits on every rank.
 
         Args:
-            sums: contiguous, with the same names, shapes and types in the same order on every rank.
+            sums: contiguous, with the same names, shapes and types in the same order on every rank. What is dealt out to
+                ranks is left as it is: it was added up when it was dealt out.
         Raises:
             RankLost: if another rank has ended.
         """
         if self.count == 1:
             return
-        for bucket in _buckets(sums.values()):
+        for bucket in _buckets(value for value in sums.values() if not isinstance(value, DTensor)):
             flat = bucket[0] if len(bucket) == 1 else torch.cat([value.view(-1) for value in bucket])
             with _together():
                 dist.all_reduce(flat)
             if len(bucket) > 1:
                 for value, part in zip(bucket, flat.split([value.numel() for value in bucket]), strict=True):
                     value.copy_(part.view_as(value))
+
+    def together(self, weights: str) -> str:
+        """SHA-256 of the fingerprints of all ranks' parts, the same on every rank.
+
+        Args:
+            weights: fingerprint of this rank's.
+        Raises:
+            RankLost: if another rank has ended.
+        """
+        return sha256(" ".join(self.all_of(weights)).encode()).hexdigest()
 
     def any_stops(self, stop: bool, weights: str) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer, at the same place.
@@ -128,6 +141,24 @@ ALONE = Ranks()
 def held_here(value: Tensor) -> Tensor:
     """Of a tensor that is dealt out to ranks the part that this one holds, which is all of it otherwise."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def begins_here(value: Tensor) -> int:
+    """Of a tensor that is dealt out along its first dimension the place where this rank's part begins, in the whole tensor
+    laid out flat; 0 of a whole one.
+
+    Raises:
+        ValueError: if it is dealt out otherwise.
+    """
+    if not isinstance(value, DTensor):
+        return 0
+    if tuple(value.placements) != (Shard(0),):
+        raise ValueError(f"Expected a tensor dealt out along its first dimension, found {value.placements}.")
+    rows = -(-value.shape[0] // value.device_mesh.size())  # the last ranks may hold fewer, or none
+    first = min(rows * value.device_mesh.get_local_rank(), value.shape[0])
+    if value.to_local().shape[0] != min(rows, value.shape[0] - first):
+        raise ValueError(f"Expected {rows} rows a rank, found {value.to_local().shape[0]} from row {first} on.")
+    return first * math.prod(value.shape[1:])
 
 
 def join_ranks() -> Ranks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from privzoo.privacy.clipping.engine import (
     ClippedSums,
+    Dealt,
     Forward,
     checked_units,
     gradients_put_aside,
@@ -37,6 +38,10 @@ class BookKeeping:
             until the backward pass is over.
         clipping: factors of norms, see `functions`.
         shares: weights of groups by layer, see `grouping`; None: all alike.
+
+    Attributes:
+        dealt: where each of several processes holds a part of the trained parameters, with groups="all": `sums` are then of
+            all processes, and each gets its part of them; None: they are whole, and sums are this process's.
     """
 
     even_passes = True  # one forward and one backward pass a micro-batch, whatever is in it, once layouts are proved
@@ -52,6 +57,7 @@ class BookKeeping:
         self.groups, self.shares = checked_groups(groups, shares), shares
         self.clipping = clipping
         self.layouts = Layouts()
+        self.dealt: Dealt | None = None
 
     def __call__(
         self,
@@ -65,7 +71,7 @@ class BookKeeping:
         Raises:
             UnsupportedUse: if a trainable parameter is used in a way that is not known here.
         """
-        parameters = trainable_parameters(self.model)
+        parameters = trainable_parameters(self.model) if self.dealt is None else self.dealt.wholes
         sums = {} if into is None else into
         groups = None
         if self.groups != "all":
@@ -76,7 +82,12 @@ class BookKeeping:
                 norms = book.finish()
             else:
                 norms = book.squared_norms().sqrt()
-                book.add_clipped(sums, self.clipping(norms, clip_norm))
+                factors = self.clipping(norms, clip_norm)
+                if self.dealt is None:
+                    book.add_clipped(sums, factors)
+                else:
+                    for name, value in book.clipped(parameters, factors):
+                        self.dealt.add(sums, name, value)
         for name, parameter in parameters.items():
             if name not in sums:
                 sums[name] = torch.zeros_like(parameter, dtype=sum_dtype(parameter))

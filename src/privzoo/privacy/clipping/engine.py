@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,19 @@ from torch import Tensor, nn
 from privzoo.errors import UserError
 
 Forward = Callable[[], Tensor]
+
+
+class Dealt(Protocol):
+    """What an engine asks of trained parameters of which each of several processes holds a part.
+
+    Attributes:
+        wholes: what modules use in a pass, by name of the parameter; the same objects in every pass.
+    """
+
+    wholes: dict[str, nn.Parameter]
+
+    def add(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Add up a clipped sum over all processes; each keeps its part in `sums`."""
 
 
 @dataclass(frozen=True)

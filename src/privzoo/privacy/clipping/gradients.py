@@ -3,7 +3,7 @@
 Shapes: R rows, U units, T positions of a row (after `by_unit`: of a unit), d width of the activation, p of the output.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -205,21 +205,32 @@ class Book:
 
         A unit with factor 0 is masked: 0 * NaN is NaN.
         """
-        dropped = factors == 0
-        masked = dropped if bool(dropped.any()) else None
-        while self.instantiated:
-            name, gradient = self.instantiated.popitem()
-            gradient = _without(gradient, masked)
+        masked = _masked(factors)
+        # At the peak, each sum stands beside what is still kept.
+        for name in (*reversed(self.instantiated), *sorted(self.pairs, key=self._grows_by)):
+            self._add_to(sums, name, factors, masked)
+
+    def clipped(self, names: Iterable[str], factors: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """As `add_clipped`, one parameter after another in the order of `names`, each alone; 0 where nothing arrived."""
+        masked = _masked(factors)
+        for name in names:
+            alone: dict[str, Tensor] = {}
+            self._add_to(alone, name, factors, masked)
+            shape, dtype = self.shapes[name]
+            yield name, alone.pop(name) if alone else torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _add_to(self, sums: dict[str, Tensor], name: str, factors: Tensor, masked: Tensor | None) -> None:
+        if name in self.instantiated:
+            gradient = _without(self.instantiated.pop(name), masked)
             shape, dtype = self.shapes[name]
             matrix, weights = gradient.reshape(self.count, -1).t(), factors.to(dtype)
             if name in sums:
                 sums[name].view(-1).addmv_(matrix, weights)
             else:
                 sums[name] = torch.mv(matrix, weights).view(shape)
-        for name in sorted(self.pairs, key=self._grows_by):  # at the peak, each sum stands beside what is still kept
-            pairs = self.pairs.pop(name)
-            while pairs:
-                self._add_pair_to(sums, name, pairs.pop(), factors, masked)
+        pairs = self.pairs.pop(name, [])
+        while pairs:
+            self._add_pair_to(sums, name, pairs.pop(), factors, masked)
 
     def _grows_by(self, name: str) -> int:
         """Numbers that a new sum takes beyond those that its pairs give back; a table's takes most."""
@@ -246,6 +257,12 @@ class Book:
             sums[name].view(left.shape[0], -1).addmm_(left, right)
         else:
             sums[name] = torch.mm(left, right).view(shape)
+
+
+def _masked(factors: Tensor) -> Tensor | None:
+    """Units whose factor is 0, (U,); None if there are none."""
+    dropped = factors == 0
+    return dropped if bool(dropped.any()) else None
 
 
 def _without(value: Tensor, masked: Tensor | None) -> Tensor:
