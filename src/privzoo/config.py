@@ -226,9 +226,6 @@ def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.strategy", STRATEGIES)
     if cfg.trainer.strategy != STRATEGIES[0] and cfg.trainer.devices == 1:
         _refuse("trainer.devices", 1, f"at least 2 with trainer.strategy={cfg.trainer.strategy}")
-    if cfg.trainer.strategy != STRATEGIES[0] and cfg.trainer.gradient_checkpointing:
-        way_out = "the two were not tried together"
-        _refuse("trainer.gradient_checkpointing", "true", f"false with trainer.strategy={cfg.trainer.strategy}", way_out)
     _check_one_of(cfg, "trainer.progress", (True, False))
     _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)

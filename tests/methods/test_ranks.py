@@ -16,6 +16,7 @@ from privzoo.methods.dealing import close_layouts, put_in_place
 from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.models.adapters import wrap
+from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.sharding import deal_out
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
@@ -38,6 +39,8 @@ CASES = {
     "dp_lora, dealt out": {**LORA, "dealt_out": True},
     "dp_bitfit, dealt out": {"trainable": "biases", "dealt_out": True},
     "dp_full, dealt out": {"dealt_out": True},
+    "dp_full, dealt out, computed twice": {"dealt_out": True, "checkpointing": True},
+    "dp_lora, dealt out, computed twice": {**LORA, "dealt_out": True, "checkpointing": True},
     "adaptive, dealt out": {"adaptive": partial(AdaptiveClip, count_noise=3.0), "dealt_out": True},
     "dpzero of an adapter, dealt out": {**LORA, **WALK, "dealt_out": True},
     "dpzero": WALK,
@@ -89,7 +92,10 @@ def made(run_of, case, noise, batch_size, ranks):
     plan = PrivacyPlan(num_examples=40, batch_size=batch_size, epochs=1.0, delta=1e-3, clip_norm=0.5, noise_multiplier=2.0)
     options = {name: value() if name == "adaptive" else value for name, value in CASES[case].items()}
     dealt_out = options.pop("dealt_out", False) and ranks.count > 1
+    checkpointing = options.pop("checkpointing", False)
     run = run_of(plan, ranks=ranks, microbatch_size=3, **options)
+    if checkpointing:
+        turn_on_checkpointing(getattr(run.method.model, "base_model", run.method.model))
     if dealt_out:
         run.batches.level = True
         device = torch.device("cpu")

@@ -46,7 +46,8 @@ def inner_products(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) ->
 
 
 def table_squared_norms(ids: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Squared norm (U,) of a table's gradient: rows that one unit looked up several times are added up first.
+    """Squared norm (U,) of a table's gradient: rows that one unit looked up several times are added up first. In float32 at
+    least, as the sum that is clipped by it.
 
     Args:
         ids: (U, T), rows of the table.
@@ -55,6 +56,7 @@ def table_squared_norms(ids: Tensor, gradient: Tensor, size: int) -> Tensor:
     """
     units = torch.arange(len(ids), device=ids.device).unsqueeze(1)
     pairs, place = torch.unique(ids + units * size, return_inverse=True)
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     rows = gradient.new_zeros(len(pairs), gradient.shape[-1])
     rows.index_add_(0, place.flatten(), gradient.flatten(0, 1))
     squares = rows.square().sum(1)
