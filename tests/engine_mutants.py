@@ -293,7 +293,7 @@ PREFLIGHT_MUTANTS = [
     ("rows of a draw are not counted", "5", "privacy/sampling.py",
      "return DrawnRows(collated, len(examples), release, examples, places)", "return collated",
      (FIRST_ORDER + "a_row_has_one_loss",)),
-    ("the pre-flight's rows are the first ones", "7", "run.py", "by_length = task.by_length(task.train)",
+    ("the pre-flight's rows are the first ones", "7", "preparing.py", "by_length = task.by_length(task.train)",
      "by_length = task.by_length(task.train[:64])", (PREFLIGHT + "a_long_row_far_behind_is_looked_at",)),
     ("batch norm let through", "12", COUPLING_PY, "isinstance(module, _BatchNorm) or", "False or",
      (PREFLIGHT + "modules_that_mix_examples",)),

@@ -169,7 +169,7 @@ RELEASE_MUTANTS = [
     Mutant("divisor from N", "4", "methods/base.py", UPDATE_CALL,
            f"self.update(sums, {REPLACE}setting, batch_size=self.mechanism.plan.num_examples // self.mechanism.plan.steps))",
            (RELEASE + "divisor_does_not_depend_on_the_number_of_examples[97]",)),
-    Mutant("skip empty batches", "19", "methods/base.py", "sums = self.query(batch)",
+    Mutant("skip empty batches", "19", "methods/base.py", "sums = self._query_that_fits(batch)",
            "if not batch.micro_batches:\n            return\n        sums = self.query(batch)",
            (RELEASE + "empty_draws_release_noise_and_are_paid_for",)),
     Mutant("no noise on empty batches", "19", "methods/base.py", RELEASE_CALL,

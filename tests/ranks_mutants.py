@@ -3,8 +3,8 @@
 RANKS, LAUNCH = "tests/privacy/test_ranks.py::test_", "tests/test_launch.py::test_"
 METHODS, CALLBACK = "tests/methods/test_ranks.py::test_", "tests/privacy/test_callback.py::test_"
 RANKS_PY, BASE_PY, CALLBACK_PY = "privacy/ranks.py", "methods/base.py", "privacy/callback.py"
-SHARDING_PY, NOISE_PY = "models/sharding.py", "privacy/noise.py"
-SHARDING, NOISE = "tests/models/test_sharding.py::test_", "tests/privacy/test_noise.py::test_"
+SHARDING_PY, NOISE_PY = "privacy/sharding.py", "privacy/noise.py"
+SHARDING, NOISE = "tests/privacy/test_sharding.py::test_", "tests/privacy/test_noise.py::test_"
 
 ADD_UP = "        self.ranks.add_up(sums)\n"
 RELEASE = "        self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))\n"

@@ -32,7 +32,7 @@ TASK_MUTANTS = [
     ("the card does not tell of skipped rows", "1", "tasks/data.py",
      "were left out (data.on_error=skip).\" if what else None", "\" if False else None",
      (OWN + "a_wrong_row_is_named_or_skipped", DATA + "skipped_rows_are_counted_and_the_card_says_so")),
-    ("the card says example where owners are protected", "37", "run.py", ", unit=task.unit)", ")", (FILE + "owners",)),
+    ("the card says example where owners are protected", "37", "preparing.py", ", unit=task.unit)", ")", (FILE + "owners",)),
     ("windows of a question are units of their own", "37", SPANS_PY, 'RowsOfUnits(encoded["train"][1])',
      'RowsOfUnits(np.arange(len(encoded["train"][1])))', (SPANS + "windows_of_a_question_are_one_unit",)),
     ("padding takes part in where an answer stands", "12", SPANS_PY, ".masked_fill(padding, -torch.inf)", "",

@@ -12,12 +12,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slurm
-def test_two_tasks_are_one_run(tmp_path):
+@pytest.mark.parametrize(("strategy", "method"), [("replicas", "dp_bitfit"), ("fsdp", "dp_full"), ("fsdp", "dp_lora")])
+def test_two_tasks_are_one_run(strategy, method, tmp_path):
     """srun starts both processes, which find one another by what it tells them."""
     script = str(REPOSITORY / "slurm" / "ranks.sbatch")
     command = [
-        "sbatch", "--wait", f"--chdir={tmp_path}", script, "task=toy_text", "method=dp_bitfit", "eps=8", "epochs=0.1",
-        "trainer.accelerator=cpu", f"output_dir={tmp_path}/runs",
+        "sbatch", "--wait", f"--chdir={tmp_path}", script, "task=toy_text", f"method={method}", "eps=8", "epochs=0.1",
+        "trainer.accelerator=cpu", f"trainer.strategy={strategy}", f"output_dir={tmp_path}/runs",
     ]  # fmt: skip
     ended = subprocess.run(
         command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600

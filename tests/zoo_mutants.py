@@ -9,7 +9,7 @@ ADAPTERS_PY, QUANTIZATION_PY = "models/adapters.py", "models/quantization.py"
 TWO_PHASES = CONTRACT + "the_twin_is_ordinary_training[dp_bitfit_two_phase]"
 
 ZOO_MUTANTS = [
-    ("training rows are scored as validation", "22", "run.py", "refuse_same_rows(task.train, task.validation)", "pass",
+    ("training rows are scored as validation", "22", "preparing.py", "refuse_same_rows(task.train, task.validation)", "pass",
      ("tests/test_bad_input.py::test_training_rows_are_not_validation_rows",)),
     ("rows of one length are the same", "22", "tasks/splits.py", "return all(name in other and",
      "return True or all(name in other and",
@@ -35,6 +35,12 @@ ZOO_MUTANTS = [
      "True", (TRAINABLE + "a_quantised_base_is_not_trained_itself",)),
     ("later phases count the first one's batch", "24", "privacy/plan.py", "drawn + taken * phase.batch_size",
      "drawn + taken * self.batch_size", ("tests/privacy/test_plan.py::test_phases_are_composed_in_one_account",)),
+    ("another draw after memory ran out", "18", "privacy/sampling.py", "        return self[release]\n",
+     "        return self[(release + 1) % len(self)]\n",
+     ("tests/methods/test_first_order.py::test_a_draw_that_does_not_fit_is_treated_again_in_smaller_parts[first order]",)),
+    ("a rehearsal computes with training rows", "22", "rehearsing.py", "self.task.train = self.task.validation",
+     "self.task.train",
+     ("tests/test_rehearsal.py::test_a_rehearsal_computes_with_validation_rows_alone",)),
     ("the second phase trains what the first did", "16", BASE_PY, "self.start_phase(setting.phase)", "pass", (TWO_PHASES,)),
     ("moments outlive a phase", "24", BASE_PY, "self._optimizer().state.clear()", "pass", (TWO_PHASES,)),
     ("one lr for all phases", "24", "methods/schedule.py", "self.highest[setting.phase] *", "self.highest[0] *",

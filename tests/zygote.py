@@ -176,7 +176,7 @@ class ForkedPopen:
         os.environ.update(env)
         code = 99
         try:
-            self.prepare(int(env["RANK"]))
+            self.prepare(int(env.get("RANK", -1)))
             run_as_main(command[2], command[3:])
         except SystemExit as stop:
             code = stop.code
@@ -207,11 +207,11 @@ class ForkedPopen:
 
 
 def fork_ranks(kill: dict | None, kill_rank: int | None) -> None:
-    """privzoo.launch forks its ranks; a kill waits for one of them."""
-    from privzoo import launch
+    """privzoo.launch forks its ranks (a kill waits for one of them), and privzoo.rehearsal its process."""
+    from privzoo import launch, rehearsal
 
     ForkedPopen.prepare = lambda self, rank: install_kill(**kill) if kill and rank == kill_rank else None
-    launch.subprocess = SimpleNamespace(Popen=ForkedPopen, PIPE=subprocess.PIPE)
+    launch.subprocess = rehearsal.subprocess = SimpleNamespace(Popen=ForkedPopen, PIPE=subprocess.PIPE)
 
 
 def become_ranks(count: int) -> list[int]:
@@ -254,7 +254,7 @@ def child(request: dict, output: int) -> None:
         shorten_toy_data(request["rows"])
     if request.get("draws"):
         record_draws(request["draws"])
-    if request["module"] == "privzoo.train":
+    if request["module"] in ("privzoo.train", "privzoo.plan"):
         fork_ranks(request.get("kill"), request.get("kill_rank"))
     if request.get("kill") and "kill_rank" not in request:
         install_kill(**request["kill"])

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from hydra import version
@@ -64,9 +65,11 @@ def run_hydra(task_function: Callable[[DictConfig], None], config_name: str) -> 
         sys.exit(max(job.exit_codes))
 
 
-def read_flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def read_flags(more: Mapping[str, str] = MappingProxyType({})) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Hydra's parser and what it makes of the command line; overrides may stand before and after flags.
 
+    Args:
+        more: flags beside Hydra's, and what each means.
     Raises:
         UserError: for a flag that does not exist or lacks its value.
     """
@@ -76,6 +79,8 @@ def read_flags() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
+    for flag, meaning in more.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
     return parser, parser.parse_intermixed_args()
 
 

@@ -35,6 +35,7 @@ NESTED = {
     ),
 }
 PHASE_KEYS = ("epochs", "trainable", "lr", "clip_norm", "batch_size")
+AUTO = "auto"  # microbatch_size: a rehearsal chooses it
 PRECISIONS = ("32-true", "bf16-mixed")  # those in which the engines were compared with the definition
 STRATEGIES = ("replicas", "fsdp")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -101,7 +102,8 @@ def validate(cfg: DictConfig) -> None:
     without_privacy = cfg.eps == math.inf
     _check_number(cfg, "clip_norm", "a finite number > 0", lambda v: 0 < v < math.inf or (v > 0 and without_privacy))
     _check_whole(cfg, "batch_size", 1)
-    _check_whole(cfg, "microbatch_size", 1)
+    if cfg.microbatch_size != AUTO:
+        _check_whole(cfg, "microbatch_size", 1)
     _check_whole(cfg, "seed", 0)
     _check_phases(cfg)
     _check_privacy(cfg)

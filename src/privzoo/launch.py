@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from privzoo.cli import explain, is_a_rank
+from privzoo.config import AUTO
 from privzoo.errors import RunLost, Stopped, UserError
 from privzoo.results import RunRecord, read_record
 from privzoo.run_folder import RunFolder, open_folder, record_in
@@ -50,6 +51,7 @@ def fine_tune(folder: RunFolder) -> RunRecord | None:
         return run(folder, ranks) if not folder.is_done else folder.record if ranks.first else None
     if folder.is_done:
         return folder.record
+    folder = _sized(folder)
     if folder.cfg.trainer.devices > 1:
         return launch(folder)
     from privzoo.run import run  # torch takes seconds: only when there is something to train
@@ -71,13 +73,23 @@ def as_a_rank(cfg: DictConfig) -> RunFolder:
     order: dict[str, Any] = {}
     if ranks.first:
         try:
-            order = _order_of(_of_as_many(open_folder(cfg), ranks.count))
-        except UserError as error:
-            order = {"refusal": str(error)}
+            order = _order_of(_sized(_of_as_many(open_folder(cfg), ranks.count)))
+        except (UserError, RunLost) as error:
+            order = {"refusal": str(error), "lost": isinstance(error, RunLost)}
     order = ranks.from_first(order)
     if "refusal" in order:
-        raise UserError(order["refusal"])
+        raise (RunLost if order["lost"] else UserError)(order["refusal"])
     return _folder_of(order)
+
+
+def _sized(folder: RunFolder) -> RunFolder:
+    """With a number in the place of microbatch_size=auto, which the folder will keep."""
+    if folder.is_done or folder.cfg.microbatch_size != AUTO:
+        return folder
+    from privzoo.rehearsal import microbatch_size_of
+
+    folder.cfg.microbatch_size = microbatch_size_of(folder.cfg)
+    return folder
 
 
 def _of_as_many(folder: RunFolder, count: int) -> RunFolder:
@@ -221,7 +233,7 @@ def _named(code: int) -> str:
 def main() -> None:
     """One rank of a run, as `launch` started it."""
     place, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    threading.Thread(target=end_with_the_command, daemon=True).start()
     code, told = 0, None
     try:
         _run(_folder_of(json.loads((place / "order.json").read_text())))
@@ -252,7 +264,8 @@ def _run(folder: RunFolder) -> None:
     leave_ranks()
 
 
-def _end_with_the_command() -> None:
+def end_with_the_command() -> None:
+    """To be called in a thread of a process whose standard input is a pipe that closes with the command."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

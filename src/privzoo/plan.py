@@ -1,7 +1,8 @@
 """`python -m privzoo.plan task=sst2 batch_size=1000 epochs=3 eps=1,3,8`: what runs would cost, without running them.
 
 Takes what `python -m privzoo.train` takes. Several values of a key (with or without -m) and grids become one table.
-Nothing is written; data are read where data_root names them, or the task's yaml does not say num_examples.
+Nothing is written; data are read where data_root names them, or the task's yaml does not say num_examples. With `--cost`
+each configuration is rehearsed on this machine, too: time and memory, for data and a model that are at hand.
 """
 
 import os
@@ -18,6 +19,11 @@ from privzoo.cli import exit_on_error, read_flags, run_hydra
 from privzoo.composition import build, compose_sweep
 from privzoo.config import plan_arguments, validate
 from privzoo.privacy.plan import PrivacyPlan
+from privzoo.rehearsal import Cost, cost
+from privzoo.reporting.display import duration
+
+TITLE = "Plans: Poisson sampling, neighbours differ by one example, epsilon by PLD"
+TITLE_OF_COSTS = "Costs: rehearsed here, on the validation split; several processes are taken to share rows at no cost"
 
 
 class Row(NamedTuple):
@@ -39,13 +45,24 @@ class Row(NamedTuple):
 def main() -> None:
     """Prints the table; exit code 2 and one sentence for a mistake."""
     with exit_on_error():
-        _, arguments = read_flags()
+        _, arguments = read_flags({"--cost": "rehearse each configuration here: time and memory"})
         if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
             run_hydra(_show, "train")
             return
         config_name = arguments.config_name or "train"
-        rows = plan_rows(compose_sweep(arguments.overrides, arguments.config_dir, config_name))
-        _print(rows)
+        configs = compose_sweep(arguments.overrides, arguments.config_dir, config_name)
+        rows = plan_rows(configs)
+        if not arguments.cost:
+            _print(TITLE, table_of_plans(rows))
+            return
+        costs = []
+        for number, cfg in enumerate(configs, start=1):
+            print(
+                f"privzoo: rehearsal {number} of {len(configs)}: {cfg.choices.task}, {cfg.choices.method}", file=sys.stderr
+            )
+            costs.append(cost(cfg))
+        _print(TITLE, table_of_plans(rows))
+        _print(TITLE_OF_COSTS, table_of_costs(rows, configs, costs))
 
 
 def _show(cfg: DictConfig) -> None:
@@ -107,23 +124,37 @@ def _num_examples(cfg: DictConfig, known: dict[str, int]) -> int:
     return known[name]
 
 
-def _print(rows: Sequence[Row]) -> None:
-    table = Table(title="Plans: Poisson sampling, neighbours differ by one example, epsilon by PLD")
-    for name in Row._fields:
+def table_of_plans(rows: Sequence[Row]) -> list[list[str]]:
+    """Names of the columns, and a line for each row."""
+    lines = [
+        [
+            row.task, row.method, "-" if row.eps is None else f"{row.eps:g}", f"{row.delta:.3g}", f"{row.N:,}", f"{row.B:,}",
+            f"{row.q:.6f}", f"{row.steps:,}", f"{row.sigma:.4f}", f"{row.epsilon:.4f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return [list(Row._fields), *lines]
+
+
+def table_of_costs(rows: Sequence[Row], configs: Sequence[DictConfig], costs: Sequence[Cost]) -> list[list[str]]:
+    """Names of the columns, and a line for each rehearsed configuration; time without loading and scoring."""
+    lines = []
+    for row, cfg, found in zip(rows, configs, costs, strict=True):
+        seconds = found.seconds_per_release(row.B, cfg.trainer.devices)
+        lines.append([
+            row.task, row.method, "-" if row.eps is None else f"{row.eps:g}", str(cfg.trainer.devices),
+            str(found.microbatch_size), f"{found.peak_memory_bytes / 2**30:.2f} GiB", f"{seconds:.3g} s", f"{row.steps:,}",
+            duration(seconds * row.steps),
+        ])  # fmt: skip
+    return [["task", "method", "eps", "processes", "micro-batch", "memory", "a release", "steps", "all"], *lines]
+
+
+def _print(title: str, lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for name in lines[0]:
         table.add_column(name, justify="left" if name in ("task", "method") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.task,
-            row.method,
-            "-" if row.eps is None else f"{row.eps:g}",
-            f"{row.delta:.3g}",
-            f"{row.N:,}",
-            f"{row.B:,}",
-            f"{row.q:.6f}",
-            f"{row.steps:,}",
-            f"{row.sigma:.4f}",
-            f"{row.epsilon:.4f}",
-        )
+    for line in lines[1:]:
+        table.add_row(*line)
     # In a pipe rich would fold the table to 80 columns and cut its figures.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -8,24 +8,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
 
 from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
-from privzoo.composition import build
-from privzoo.config import plan_arguments
 from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import Stopped
 from privzoo.files import write_json
 from privzoo.identity import digest_of_run, digest_on_ranks, first_record, require_same_plan
 from privzoo.methods.base import Interrupted, PrivateMethod
-from privzoo.methods.dealing import put_in_place
-from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.loading import LoadedModel
-from privzoo.models.sharding import deal_out, whole_state
+from privzoo.preparing import method_of, model_of, plan_of, task_of
 from privzoo.privacy.accounting import epsilon_spent
 from privzoo.privacy.callback import PrivacyCallback, charged_twice, makeable
 from privzoo.privacy.card import privacy_card
-from privzoo.privacy.coupling import refuse_coupling_modules
 from privzoo.privacy.ledger import Ledger, Replica
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
@@ -37,12 +31,10 @@ from privzoo.progress import Progress
 from privzoo.results import RunRecord, peak_memory_bytes, write_record
 from privzoo.run_folder import RunFolder
 from privzoo.run_loggers import RunLogger, build_loggers
-from privzoo.saving import save_merged, save_model
+from privzoo.saving import save_merged, save_model, whole_state
 from privzoo.scoring import evaluate_now
 from privzoo.surroundings import device_of, quiet_libraries
 from privzoo.tasks.base import Task
-from privzoo.tasks.splits import refuse_same_rows
-from privzoo.tasks.units import FirstRows
 
 
 def run(folder: RunFolder, ranks: Ranks = ALONE) -> RunRecord | None:
@@ -60,19 +52,9 @@ def run(folder: RunFolder, ranks: Ranks = ALONE) -> RunRecord | None:
     """
     quiet_libraries()
     cfg = folder.cfg
-    task: Task = build(cfg.task)
-    task.load(cfg.data_root)
-    plan = PrivacyPlan(**plan_arguments(cfg, task.num_examples), unit=task.unit)
-    loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
-    task.prepare(loaded.processor)
-    refuse_same_rows(task.train, task.validation)
-    if task.rows_of_unit is not None:
-        refuse_same_rows(FirstRows(task.train, task.rows_of_unit), task.validation)
-    if task.label_names is not None and task.kind.endswith("classification"):
-        names: Any = loaded.model.config
-        names.id2label = dict(enumerate(task.label_names))
-        names.label2id = {name: number for number, name in names.id2label.items()}
-        names.problem_type = task.problem_type or names.problem_type
+    task = task_of(cfg)
+    plan = plan_of(cfg, task)
+    loaded = model_of(cfg, task)
     ranks.require_equal("units of privacy", _units(task))
     if not ranks.from_first(folder.is_new):
         return _together(folder, task, plan, loaded, ranks)
@@ -112,7 +94,7 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
         start = checkpoint["global_step"] if checkpoint else 0
         own_digest = partial(digest_of_run, cfg, key, task, loaded, ledger, device, checkpoint, ranks.count)
         mechanism = NoiseMechanism(plan, key, digest_on_ranks(ranks, ledger, own_digest))
-        method = _method(cfg, task, loaded, mechanism, ranks, device)
+        method = method_of(cfg, task, loaded, mechanism, ranks, device)
         frozen = method.fingerprint_of_the_rest()
         record = _record(folder, method, device)
         if checkpoint:
@@ -144,24 +126,6 @@ def _train(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel
                 for logger in loggers:
                     logger.finish(record.to_json())
     return record
-
-
-def _method(
-    cfg: DictConfig, task: Task, loaded: LoadedModel, mechanism: NoiseMechanism, ranks: Ranks, device: torch.device
-) -> PrivateMethod:
-    """The method with its model in place, after the pre-flight."""
-    method: PrivateMethod = build(cfg.method)(
-        model=loaded.model, task=task, mechanism=mechanism, new_head=loaded.new_head, lr=cfg.lr, ranks=ranks
-    )
-    if cfg.trainer.gradient_checkpointing:
-        turn_on_checkpointing(loaded.model)
-    refuse_coupling_modules(method.model, getattr(task, "max_length", None))
-    by_length = task.by_length(task.train)
-    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
-    rows = [task.train[by_length[place]] for place in sorted(set(places))]
-    dealer = partial(deal_out, device=device, ranks=ranks.count) if cfg.trainer.strategy == "fsdp" else None
-    put_in_place(method, rows, device, dealer)
-    return method
 
 
 def _record(folder: RunFolder, method: PrivateMethod, device: torch.device) -> RunRecord | None:

@@ -4,14 +4,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from privzoo.composition import build
 from privzoo.errors import RunLost, first_line
 from privzoo.models.adapters import merge
+from privzoo.privacy.sharding import whole
 from privzoo.run_folder import RunFolder
 from privzoo.tasks.base import Task
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict with every dealt-out tensor put together again, on the CPU; all ranks take part.
+
+    None for an adapter, which is whole on every rank and saved without its base.
+    """
+    if isinstance(model, PeftModel):
+        return None
+    return {name: whole(value) for name, value in model.state_dict().items()}
 
 
 def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] | None = None) -> None:

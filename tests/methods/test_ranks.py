@@ -17,11 +17,11 @@ from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.models.adapters import wrap
 from privzoo.models.checkpointing import turn_on_checkpointing
-from privzoo.models.sharding import deal_out
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.ranks import ALONE, Ranks
+from privzoo.privacy.sharding import deal_out
 
 ROWS = [{"ids": [2, 3 + i, 4][: 2 + i % 2], "label": i % 3} for i in range(4)]
 NOTHING = [{"ids": [2, 3, 4], "label": 0, "strength": 0.0}] * 40  # a loss that is 0 whatever the weights

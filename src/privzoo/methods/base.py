@@ -10,18 +10,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from privzoo.errors import UserError
+from privzoo.errors import RunLost, UserError, first_line
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.contents import pack, unpack
 from privzoo.methods.optimizers import has_modes, make_optimizer
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
-from privzoo.models.sharding import DealtOut
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.ranks import ALONE, Ranks
 from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
+from privzoo.privacy.sharding import DealtOut
 from privzoo.tasks.base import Task
 
 Adapter = Callable[[nn.Module, tuple[str, ...]], tuple[nn.Module, tuple[str, ...]]]
@@ -124,11 +124,32 @@ class PrivateMethod(LightningModule):
         if setting.index == 0 and setting.phase > 0:
             self.start_phase(setting.phase)
             self.forget_moments()
-        sums = self.query(batch)
+        sums = self._query_that_fits(batch)
         self.ranks.add_up(sums)
         # ---- private data end here ----
         self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
         self.update(sums, setting)
+
+    def _query_that_fits(self, batch: LogicalBatch) -> dict[str, Tensor]:
+        """`query`; where memory runs out once more from its beginning, with the same draw in smaller micro-batches.
+
+        Nothing has been released before, and dropout's masks hang on examples, not on micro-batches.
+
+        Raises:
+            RunLost: if they can be no smaller, or other ranks would have to go along.
+        """
+        while True:
+            try:
+                return self.query(batch)
+            except torch.OutOfMemoryError as error:
+                smaller = None if self.dealt_out else batch.smaller()
+                if smaller is None:
+                    raise RunLost(
+                        f"Memory ran out ({first_line(error)}): go on with resume=<run folder> and a smaller "
+                        "microbatch_size, or trainer.gradient_checkpointing=true."
+                    ) from error
+            batch = smaller  # here, where what the error held is free
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def query(self, batch: LogicalBatch) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from privzoo.errors import UserError
-from privzoo.models.sharding import part_like, whole
 from privzoo.privacy.noise import fingerprint
+from privzoo.privacy.sharding import part_like, whole
 from privzoo.privacy.streams import RunKey
 
 

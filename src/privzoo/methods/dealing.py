@@ -8,9 +8,9 @@ from torch import Tensor
 
 from privzoo.errors import UserError
 from privzoo.methods.base import PrivateMethod
-from privzoo.models.sharding import DealtOut, part_like
 from privzoo.privacy.preflight import TOLERANCE
 from privzoo.privacy.ranks import Ranks, held_here
+from privzoo.privacy.sharding import DealtOut, part_like
 
 
 def put_in_place(
@@ -24,7 +24,7 @@ def put_in_place(
 
     Args:
         rows: encoded examples, the same on every rank.
-        dealer: partial of `privzoo.models.sharding.deal_out`.
+        dealer: partial of `privzoo.privacy.sharding.deal_out`.
     Raises:
         UserError: for what the pre-flight finds, and for a method that cannot do with parts.
         RuntimeError: if the engine's sums are others with parts.

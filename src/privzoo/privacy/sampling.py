@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,13 @@ class LogicalBatch:
         release: index of the release that the draw is for.
         micro_batches: collated rows, longest first, so that a batch that does not fit fails at once.
         fillers: micro-batches to go through beside those that other ranks have more, and whose results are dropped.
+        smaller: gives the same draw in micro-batches of half as many rows, or None if they can be no smaller.
     """
 
     release: int
     micro_batches: tuple[MicroBatch, ...]
     fillers: tuple[MicroBatch, ...] = ()
+    smaller: Callable[[], "LogicalBatch | None"] = lambda: None
 
 
 class PoissonDraws:
@@ -131,7 +134,15 @@ class PoissonBatches(Dataset[LogicalBatch]):
         parts = list(self._parts(self._longest_first(drawn, self.ranks)))
         missing = self._most_parts(drawn) - len(parts) if self.level else 0
         fillers = tuple(self._micro_batch(release, [(0, self._rows_of(0))]) for _ in range(missing))
-        return LogicalBatch(release, tuple(self._micro_batch(release, part) for part in parts), fillers)
+        micro_batches = tuple(self._micro_batch(release, part) for part in parts)
+        return LogicalBatch(release, micro_batches, fillers, partial(self._smaller, release))
+
+    def _smaller(self, release: int) -> LogicalBatch | None:
+        """See `LogicalBatch.smaller`; later draws come so, too."""
+        if self.microbatch_size == 1:
+            return None
+        self.microbatch_size = -(-self.microbatch_size // 2)
+        return self[release]
 
     def _longest_first(self, drawn: np.ndarray, ranks: Ranks) -> list[tuple[int, list[Any]]]:
         """A rank's share of the draw. It is dealt out by the draw alone: what a process makes of lengths moves no unit."""

@@ -10,14 +10,16 @@ from torch import nn
 
 from privzoo.errors import UserError
 from privzoo.methods.dealing import check_parts, refuse_parts
-from privzoo.models.sharding import deal_out, part_like, whole, whole_state
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.privacy.ranks import ALONE
+from privzoo.privacy.sharding import deal_out, part_like, whole
+from privzoo.saving import whole_state
 
 SCRIPT = """
 import json, torch, transformers as hf
 from peft import LoraConfig, get_peft_model
-from privzoo.models.sharding import deal_out, whole_state
+from privzoo.privacy.sharding import deal_out
+from privzoo.saving import whole_state
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.ranks import held_here, join_ranks, leave_ranks
 ranks = join_ranks()

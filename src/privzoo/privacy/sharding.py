@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -107,13 +106,3 @@ def part_like(value: Any, like: Any) -> Any:
         return value
     on_device = value.to(like.to_local().device)
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict with every dealt-out tensor put together again, on the CPU; all ranks take part.
-
-    None for an adapter, which is whole on every rank and saved without its base.
-    """
-    if isinstance(model, PeftModel):
-        return None
-    return {name: whole(value) for name, value in model.state_dict().items()}
