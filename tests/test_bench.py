@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +57,18 @@ def test_the_synthetic_study_is_of_the_algorithms_it_names(monkeypatch: pytest.M
     assert np.ptp(noise / u) > 1  # on every coordinate
     numeric = [(fresh.losses(w + 1e-6 * e).sum() - fresh.losses(w - 1e-6 * e).sum()) / 2e-6 for e in np.eye(3)]
     np.testing.assert_allclose(fresh.clipped_gradients(w), numeric, rtol=1e-5)
+
+
+@pytest.mark.sweep
+def test_the_gpu_benchmark_runs_at_tiny_sizes(tmp_path: Path) -> None:
+    """Every row and column that there is without a GPU, correctness included; its numbers are those of a trial."""
+    command = [sys.executable, str(BENCH / "gpu.py"), "rounds=1", f"out={tmp_path}/gpu.md"]
+    ended = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    table = (tmp_path / "gpu.md").read_text()
+    lines = [line.split(" | ") for line in table.splitlines() if " B=" in line]
+    assert len(lines) == 19
+    for line in lines:
+        assert "/s" in line[1], line
+        assert "/s" in line[2], line
+    assert "tiny sizes" in table
