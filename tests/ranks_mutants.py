@@ -3,6 +3,8 @@
 RANKS, LAUNCH = "tests/privacy/test_ranks.py::test_", "tests/test_launch.py::test_"
 METHODS, CALLBACK = "tests/methods/test_ranks.py::test_", "tests/privacy/test_callback.py::test_"
 RANKS_PY, BASE_PY, CALLBACK_PY = "privacy/ranks.py", "methods/base.py", "privacy/callback.py"
+DIRECTIONS_PY = "methods/directions.py"
+PARTS_OF_A_DIRECTION = "tests/methods/test_directions.py::test_parts_of_a_direction_are_the_whole_one"
 SHARDING_PY, NOISE_PY = "privacy/sharding.py", "privacy/noise.py"
 SHARDING, NOISE = "tests/privacy/test_sharding.py::test_", "tests/privacy/test_noise.py::test_"
 
@@ -70,6 +72,14 @@ RANKS_MUTANTS = [
      (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),
     ("an engine that sees no parts", "15", "methods/dealing.py", "engine.dealt = method.dealt", "pass",
      (METHODS + "two_processes_are_one[dp_full, dealt out]",)),
+    ("every part goes along the beginning of the direction", "30", DIRECTIONS_PY, "begins_here(parameter), held_here",
+     "0, held_here", (METHODS + "two_processes_are_one[dpzero, dealt out]", PARTS_OF_A_DIRECTION)),
+    ("a part of a block is drawn as a block", "30", DIRECTIONS_PY, "draw(stream, stop - start,",
+     "draw(stream, ends - start,", (PARTS_OF_A_DIRECTION,)),
+    ("directions keep the weights of before", "16", "methods/zeroth_order.py", 'self.__dict__.pop("walker", None)', "pass",
+     (METHODS + "two_processes_are_one[dpzero, dealt out]",)),
+    ("weights of before an update", "32", SHARDING_PY, "ignored_params=keep, reshard_after_forward=True)",
+     "ignored_params=keep)", (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
     ("what moved on another rank stands still", "16", CALLBACK_PY, "if all(name in others for others in on_ranks)]", "]",
      (CALLBACK + "what_moved_on_another_rank_has_moved",)),
 ]  # fmt: skip

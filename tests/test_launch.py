@@ -199,7 +199,7 @@ def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(privzoo_on_few_rows
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=dpzero"], "cannot deal out what ZerothOrder trains"),
+        (["method=dp_full", "+method.engine.groups=layer"], "cannot deal out gradients that are clipped by layer"),
         (["method=dp_bitfit", "method.engine._target_=privzoo.privacy.clipping.Loop"], "those of Loop hang on the rows"),
     ],
 )

@@ -89,11 +89,15 @@ class Recorder(Callback):
     def __init__(self):
         self.weights, self.sizes, self.examples = [], [], []
         self.save_after, self.save_to = None, None
+        self.looks = False  # whether it takes losses after each release, as a validation does
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append({name: whole(p.detach()).clone() for name, p in pl_module.trainable.items()})
         self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
         self.examples.append([int(each) for m in batch.micro_batches for each in m.examples])
+        if self.looks:
+            with torch.no_grad():
+                pl_module.task.losses(pl_module.model, pl_module.task.collate(ROWS[:2]))
         if trainer.global_step == self.save_after:
             trainer.save_checkpoint(self.save_to)
 

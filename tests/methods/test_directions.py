@@ -1,6 +1,7 @@
 """Directions that are drawn again, and the optimizer that walks along them."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -43,6 +44,22 @@ def test_a_direction_is_drawn_again_as_it_was(kind):
         expected = torch.cat([u for name, _, u in first if name == p])
         assert torch.equal(values_of(again, tensors[p]), expected)
     assert not torch.equal(first[0][2][:5], first[1][2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_direction_are_the_whole_one(kind, monkeypatch):
+    """Ranks that hold parts, which begin and end anywhere in a block, move them as one process moves the whole."""
+    size, cuts = 2 * BLOCK + 70, (0, 0, 3, 64, BLOCK - 1, BLOCK + 33, 2 * BLOCK, 2 * BLOCK, 2 * BLOCK + 70)
+    tensors = {"a": torch.empty(size), "b": torch.empty(3, 4)}
+    along = direction(tensors, kind)
+    whole = values_of(along, tensors["a"])
+    for begins, ends in itertools.pairwise(cuts):
+        monkeypatch.setattr("privzoo.methods.directions.begins_here", lambda _, begins=begins: begins)
+        monkeypatch.setattr("privzoo.methods.directions.held_here", lambda each, n=ends - begins: each.view(-1)[:n])
+        pieces = list(along.blocks(tensors["a"]))
+        assert [place.start for place, _ in pieces] == [0, *(place.stop for place, _ in pieces[:-1])][: len(pieces)]
+        found = torch.cat([values for _, values in pieces]) if pieces else whole[:0]
+        assert torch.equal(found, whole[begins:ends]), (begins, ends)
 
 
 @pytest.mark.parametrize("kind", KINDS)

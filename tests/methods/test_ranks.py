@@ -41,6 +41,8 @@ CASES = {
     "dp_full, dealt out": {"dealt_out": True},
     "dp_full, dealt out, computed twice": {"dealt_out": True, "checkpointing": True},
     "dp_lora, dealt out, computed twice": {**LORA, "dealt_out": True, "checkpointing": True},
+    "dpzero, dealt out": {**WALK, "dealt_out": True},
+    "dpzero on the sphere, dealt out": {**WALK, "directions": 2, "direction_kind": "sphere", "dealt_out": True},
     "adaptive, dealt out": {"adaptive": partial(AdaptiveClip, count_noise=3.0), "dealt_out": True},
     "dpzero of an adapter, dealt out": {**LORA, **WALK, "dealt_out": True},
     "dpzero": WALK,
@@ -48,7 +50,7 @@ CASES = {
     "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]},
     "nothing but noise": {"rows": NOTHING, "optimizer": torch.optim.SGD, "lr": 1.0, "schedule": "constant"},
 }
-DEALT_OUT = ("dp_bitfit, dealt out", "dp_full, dealt out", "dpzero of an adapter, dealt out")
+DEALT_OUT = ("dp_bitfit, dealt out", "dp_full, dealt out", "dpzero, dealt out", "dpzero of an adapter, dealt out")
 WITH_NOISE = ("dp_full", "adaptive", "dp_full, dealt out", "dpzero with 3 directions")
 SCRIPT = """
 import sys, torch
@@ -100,6 +102,7 @@ def made(run_of, case, noise, batch_size, ranks):
         run.batches.level = True
         device = torch.device("cpu")
         put_in_place(run.method, ROWS[:4], device, partial(deal_out, device=device, ranks=ranks.count))
+    run.recorder.looks = True
     run.method._fingerprint = lambda: "00" * 32
     if not noise:
         run.method.mechanism._add_noise = lambda *_: None

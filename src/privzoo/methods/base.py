@@ -172,6 +172,16 @@ class PrivateMethod(LightningModule):
     def update(self, noisy_sums: dict[str, Tensor], setting: ReleaseSetting) -> None:
         """One optimizer step with released sums, divided by the expected batch size. It gets no data."""
 
+    def trial(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """What an answer is made of, for a few rows that all ranks hold alike: with parts of a model the same as with all.
+
+        Of what is dealt out it is this rank's part. A method that trains most weights can be dealt out if it says this.
+        """
+        raise UserError(
+            f"trainer.strategy=fsdp cannot deal out what {type(self).__name__} trains, which is most of the model: nothing "
+            "shows that it would be as before; take trainer.strategy=replicas."
+        )
+
     @abstractmethod
     def preflight(self, rows: Sequence[Any]) -> None:
         """Try the query on a few encoded examples before the first release; the weights are afterwards what they were.
@@ -223,11 +233,15 @@ class PrivateMethod(LightningModule):
         """Whether each rank holds a part of the model, so that all ranks make all passes together."""
         return self.dealt is not None
 
+    def take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Train these in the place of those that they were before, by name; no optimizer has been made yet."""
+        self.trainable = {name: parameters[name] for name in self.trainable}
+        if self.average is not None:
+            self.average.follow(self.trainable)
+
     def fingerprint_of_the_rest(self) -> str:
         """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning. Of
         dealt-out ones it is of this rank's part."""
-        if self.dealt is not None:
-            self.dealt.settle()
         rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
         return fingerprint([*rest, *self.model.named_buffers()])
 

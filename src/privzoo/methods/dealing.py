@@ -19,25 +19,25 @@ def put_in_place(
     """Make the pre-flight, and bring the method to its device.
 
     With a dealer the frozen weights are dealt out to ranks, and if they are the fewer, those that are trained, too. Then the
-    pre-flight comes first, where the model was loaded, as the definition needs whole gradients; and what the engine makes
-    of the parts is compared with what it made of the whole.
+    pre-flight comes first, where the model was loaded, as the definition needs whole gradients; and what the method makes of
+    the parts is compared with what it made of the whole.
 
     Args:
         rows: encoded examples, the same on every rank.
         dealer: partial of `privzoo.privacy.sharding.deal_out`.
     Raises:
         UserError: for what the pre-flight finds, and for a method that cannot do with parts.
-        RuntimeError: if the engine's sums are others with parts.
+        RuntimeError: if these differ.
     """
     method.train()
     if dealer is not None and trains_most(method):
         _refuse_parts(method)
         method.preflight(rows)
         _refuse_parts(method)  # once more, with what it has shown
-        alone = _sums_of(method, rows)
+        alone = method.trial(rows)
         deal_out(method, dealer)
         method.to(device)
-        check_parts(_sums_of(method, rows), alone, method.ranks)
+        check_parts(method.trial(rows), alone, method.ranks)
         return
     if dealer is not None:
         deal_out(method, dealer)
@@ -62,14 +62,11 @@ def deal_out(method: PrivateMethod, dealer: Callable[..., DealtOut]) -> None:
     _refuse_parts(method)
     of_trained = trains_most(method)
     method.dealt = dealer(method.model, method.trainable, whole=not of_trained)
-    named = dict(method.model.named_parameters())
-    method.trainable = {name: named[name] for name in method.trainable}
-    if of_trained:
-        engine: Any = method.engine
+    method.take_over(dict(method.model.named_parameters()))
+    engine: Any = getattr(method, "engine", None)
+    if of_trained and engine is not None:
         engine.dealt = method.dealt
         close_layouts(method)
-        if method.average is not None:
-            method.average.follow(method.trainable)
 
 
 def close_layouts(method: PrivateMethod) -> None:
@@ -80,15 +77,14 @@ def close_layouts(method: PrivateMethod) -> None:
 
 
 def _refuse_parts(method: PrivateMethod) -> None:
-    refuse_parts(getattr(method, "engine", None), type(method).__name__, len(method.trained_in), trains_most(method))
+    refuse_parts(getattr(method, "engine", None), len(method.trained_in), trains_most(method))
 
 
-def refuse_parts(engine: Any, method: str, phases: int, of_trained: bool) -> None:
+def refuse_parts(engine: Any, phases: int, of_trained: bool) -> None:
     """Refuse what would need the whole model at once.
 
     Args:
         engine: of a first-order method; None: the method has none.
-        method: its name.
         phases: how many it trains in.
         of_trained: whether what is trained would be dealt out, too.
     Raises:
@@ -101,11 +97,12 @@ def refuse_parts(engine: Any, method: str, phases: int, of_trained: bool) -> Non
         )
     if not of_trained:
         return
-    found = f"what {method} trains, which is most of the model"
-    if engine is None or engine.groups != "all":
-        found = found if engine is None else "gradients that are clipped by layer"
-    elif phases > 1:
+    if phases > 1:
         found = "what is trained in phases"
+    elif engine is None:
+        return
+    elif engine.groups != "all":
+        found = "gradients that are clipped by layer"
     elif made := [key[0] for key in engine.layouts.proved if "#" in key[0]]:
         found = f"a parameter that others are made of ({made[0]})"
     else:
@@ -117,30 +114,23 @@ def refuse_parts(engine: Any, method: str, phases: int, of_trained: bool) -> Non
 
 
 def check_parts(found: Mapping[str, Tensor], alone: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Compare the sums that all ranks have added up, each of the same rows, with what one made of them with a whole model.
+    """Compare what ranks make together of a model that is dealt out with what one made of the whole, of the same rows.
 
-    Passing means: every trained parameter is seen in the passes of a model that is dealt out, and each rank gets its own
-    part of the total.
+    Passing means: every trained parameter is seen in the passes of parts, and each rank gets its own part of a sum.
 
     Args:
-        found: this rank's parts, by parameter.
-        alone: whole sums of one rank.
+        found: this rank's parts, see `PrivateMethod.trial`.
+        alone: whole.
     Raises:
         RuntimeError: on all ranks, naming the first parameter that differs on any.
     """
-    scale = ranks.count * max(float(value.abs().max()) for value in alone.values() if value.numel())
+    scale = max(float(value.abs().max()) for value in alone.values() if value.numel())
     wrong = []
     for name, value in alone.items():
-        expected = held_here(part_like(ranks.count * value, found[name]))
+        expected = held_here(part_like(value, found[name]))
         difference = (held_here(found[name]) - expected).abs()
         if difference.numel() and not float(difference.max()) <= TOLERANCE[expected.dtype] * scale:
             wrong.append(name)
     first = next((names[0] for names in ranks.all_of(wrong) if names), None)
     if first is not None:
-        raise RuntimeError(f"The clipped sum of {first} is another with parts of a model: take trainer.strategy=replicas.")
-
-
-def _sums_of(method: Any, rows: Sequence[Any]) -> dict[str, Tensor]:
-    """Of rows that all ranks hold alike, at a clip norm that is small, so that factors differ."""
-    collate = method.dropout.naming(method.task.collate, rows)
-    return method.engine(lambda: method.losses(collate(rows)), clip_norm=1e-3).sums
+        raise RuntimeError(f"With parts of a model {first} is not what it was: take trainer.strategy=replicas.")

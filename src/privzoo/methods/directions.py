@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from privzoo.privacy.noise import BLOCK
+from privzoo.privacy.ranks import begins_here, held_here
 from privzoo.privacy.streams import RunKey
 
 KINDS = ("rademacher", "normal", "sphere")
@@ -50,9 +51,13 @@ class Direction:
         return id(parameter) in self._names
 
     def blocks(self, parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(place in the flat parameter, values on its device), block by block."""
+        """(place in the flat parameter, values on its device), block by block.
+
+        Of a parameter that is dealt out to ranks these are the place in this rank's part, and what the whole has there.
+        """
         scale = self._scale if self.kind == "sphere" else 1.0
-        for place, values in self._drawn(parameter):
+        first, count = begins_here(parameter), held_here(parameter).numel()
+        for place, values in self._drawn(parameter, first, first + count):
             yield place, values if scale == 1.0 else values.mul_(scale)
 
     @cached_property
@@ -60,17 +65,20 @@ class Direction:
         squares = [
             float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
             for parameter in self.parameters.values()
-            for _, values in self._drawn(parameter)
+            for _, values in self._drawn(parameter, 0, parameter.numel())
         ]
         return math.sqrt(sum(p.numel() for p in self.parameters.values()) / sum(squares))
 
-    def _drawn(self, parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _drawn(self, parameter: Tensor, first: int, end: int) -> Iterator[tuple[slice, Tensor]]:
+        """Values from `first` to `end` of the flat parameter, with their places counted from `first`."""
         name = f"{self.number} {self._names[id(parameter)]}"
         draw = _signs if self.kind == "rademacher" else _normal
-        for block, start in enumerate(range(0, parameter.numel(), BLOCK)):
-            place = slice(start, min(start + BLOCK, parameter.numel()))
+        for block in range(first // BLOCK, -(-end // BLOCK) if end > first else 0):
+            start, stop = block * BLOCK, min((block + 1) * BLOCK, parameter.numel())
+            begins, ends = max(first, start), min(end, stop)
             stream = self.key.stream("direction", self.release, self.digest, name, block)
-            yield place, draw(stream, place.stop - place.start, parameter.device)
+            values = draw(stream, stop - start, held_here(parameter).device)
+            yield slice(begins - first, ends - first), values[begins - start : ends - start]
 
 
 def _normal(stream: np.random.Generator, count: int, device: torch.device) -> Tensor:
@@ -119,14 +127,14 @@ class SeededSGD(torch.optim.Optimizer):
         float32 copy come back bit by bit.
         """
         for parameter in direction.parameters.values():
-            flat = parameter.detach().view(-1)
+            flat = held_here(parameter.detach()).view(-1)
             if parameter.element_size() >= 4:
                 for place, values in direction.blocks(parameter):
                     flat[place].add_(values, alpha=end - start)
             elif end == 0:
-                flat.copy_(self.exact(parameter).view(-1))
+                flat.copy_(held_here(self.exact(parameter)).view(-1))
             else:
-                exact = self.exact(parameter).view(-1)
+                exact = held_here(self.exact(parameter)).view(-1)
                 for place, values in direction.blocks(parameter):
                     flat[place].copy_(values.mul_(end).add_(exact[place]))
         torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were
@@ -141,7 +149,7 @@ class SeededSGD(torch.optim.Optimizer):
                 for direction, slope in self.slopes:
                     if parameter in direction:
                         for place, values in direction.blocks(parameter):
-                            exact.view(-1)[place].add_(values, alpha=-group["lr"] * slope)
+                            held_here(exact).view(-1)[place].add_(values, alpha=-group["lr"] * slope)
                 if exact.dtype != parameter.dtype:
                     parameter.copy_(exact)
         self.slopes = []

@@ -131,6 +131,13 @@ class FirstOrder(PrivateMethod):
             noise_std = of_gradients * clip_norm / setting.batch_size
         tell_noise(self._optimizer(), noise_std)
 
+    def trial(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The mean over ranks of the clipped sums, at a clip norm that is small, so that factors differ."""
+        collate = self.dropout.naming(self.task.collate, rows)
+        sums = self.engine(lambda: self.losses(collate(list(rows))), 1e-3).sums
+        added_up = self.ranks.count if self.dealt is not None and self.dealt.wholes else 1
+        return {name: value / added_up for name, value in sums.items()}
+
     def preflight(self, rows: Sequence[Any]) -> None:
         """Compare the engine with the definition in every phase, see `check_engine`."""
 

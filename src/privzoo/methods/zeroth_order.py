@@ -101,6 +101,11 @@ class ZerothOrder(PrivateMethod):
         self.walker.slopes = list(zip(self._directions(setting.number), slopes, strict=True))
         self.finish_step()
 
+    @torch.no_grad()
+    def trial(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Their losses."""
+        return {"losses": self.losses(self.dropout.naming(self.task.collate, rows)(list(rows)))}
+
     def preflight(self, rows: Sequence[Any]) -> None:
         """Look at a few rows' losses, together and alone, in every phase, see `check_losses`."""
         _ = self.walker  # a wrong optimizer is found here
@@ -162,6 +167,11 @@ class ZerothOrder(PrivateMethod):
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         return self.walker
+
+    def take_over(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        super().take_over(parameters)
+        self.__dict__.pop("walker", None)
+        self._made = None, []
 
     def forget_moments(self) -> None:
         """There are none; the optimizer's state is the float32 copies of the weights."""

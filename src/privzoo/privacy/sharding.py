@@ -36,27 +36,20 @@ class DealtOut:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         for block in reversed([block for blocks in lists for block in blocks]):  # inner ones first
             fully_shard(block, mesh=mesh, ignored_params=keep)
-        fully_shard(model, mesh=mesh, ignored_params=keep)
+        # The outermost part would stay whole after a pass without gradients, and miss what an update makes of it.
+        fully_shard(model, mesh=mesh, ignored_params=keep, reshard_after_forward=True)
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
         self.wholes = {} if whole else self._wholes(trained)
 
     def _wholes(self, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
-        for part in self._parts():
+        for part in [module for module in self.model.modules() if isinstance(module, FSDPModule)]:
             part.unshard()
-            here = {id(parameter) for parameter in part.parameters()}  # type: ignore[attr-defined]
+            here = {id(parameter) for parameter in part.parameters()}
             found |= {n: p for n, p in self.model.named_parameters() if id(p) in here and not isinstance(p, DTensor)}
             part.reshard()
         return {name: found[name] for name in trained}
-
-    def _parts(self) -> list[FSDPModule]:
-        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-
-    def settle(self) -> None:
-        """This rank holds no more than its part; between passes it may still hold what lies outside of blocks."""
-        for part in self._parts():
-            part.reshard()
 
     @contextmanager
     def without_own(self) -> Iterator[None]:
