@@ -302,7 +302,7 @@ PREFLIGHT_MUTANTS = [
      (PREFLIGHT + "modules_that_mix_examples[frozen batch norm]",)),
     ("instance norm with statistics let through", "12", COUPLING_PY, "module.track_running_stats", "False",
      (PREFLIGHT + "modules_that_mix_examples[instance norm with statistics]",)),
-    ("gates stay shut in the pre-flight", "33", PREFLIGHT_PY, "with _sound(model), _gates_open(model):",
+    ("gates stay shut in the pre-flight", "33", PREFLIGHT_PY, "with _sound(model), gates_open(model):",
      "with _sound(model):",
      (PREFLIGHT + "a_wrong_example_axis_behind_a_gate_that_is_still_shut[(T, R, E)-0.0]",)),
     ("pre-flight at a clip norm that clips nothing", "33", PREFLIGHT_PY, "min(clip_norm, 1e-3)", "1e6",

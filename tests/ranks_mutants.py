@@ -5,6 +5,7 @@ METHODS, CALLBACK = "tests/methods/test_ranks.py::test_", "tests/privacy/test_ca
 RANKS_PY, BASE_PY, CALLBACK_PY = "privacy/ranks.py", "methods/base.py", "privacy/callback.py"
 DIRECTIONS_PY = "methods/directions.py"
 PARTS_OF_A_DIRECTION = "tests/methods/test_directions.py::test_parts_of_a_direction_are_the_whole_one"
+PARTS_KEY_THE_NOISE = METHODS + "all_parts_key_the_noise"
 SHARDING_PY, NOISE_PY = "privacy/sharding.py", "privacy/noise.py"
 SHARDING, NOISE = "tests/privacy/test_sharding.py::test_", "tests/privacy/test_noise.py::test_"
 
@@ -66,8 +67,16 @@ RANKS_MUTANTS = [
     ("a part begins with its block", "17", NOISE_PY, "drawn[begins - block * BLOCK :]", "drawn[: ends - begins]",
      (NOISE + "parts_have_the_noise_of_the_whole",)),
     ("each rank's part has a key of its own", "35", BASE_PY,
-     "self.ranks.together(found) if self.dealt is not None and self.dealt.wholes else found", "found",
-     (LAUNCH + "weights_are_dealt_out[toy_text-dp_full]",)),
+     "self.ranks.together(alike, fingerprint(parts)) if parts else alike", "fingerprint(parts) if parts else alike",
+     (PARTS_KEY_THE_NOISE,)),
+    ("parts do not key the noise", "35", BASE_PY, "self.ranks.together(alike, fingerprint(parts)) if parts else alike",
+     "alike", (PARTS_KEY_THE_NOISE,)),
+    ("another rank's part does not key the noise", "35", RANKS_PY, "[alike, *self.all_of(part)]",
+     "[alike, self.all_of(part)[0]]", (RANKS + "a_fingerprint_is_of_all_parts",)),
+    ("small parameters are not compared with the whole", "15", "methods/dealing.py", "max(sizes[name], floor)",
+     "max(sizes.values())", (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),
+    ("a query that leaves traces is made once more", "32", BASE_PY, "if self.asks_again and not", "if not",
+     ("tests/methods/test_first_order.py::test_displaced_weights_are_not_asked_again",)),
     ("parts are not compared with the whole", "15", "methods/dealing.py", "wrong.append(name)", "pass",
      (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),
     ("an engine that sees no parts", "15", "methods/dealing.py", "engine.dealt = method.dealt", "pass",

@@ -18,7 +18,7 @@ LOSSES_OF_BATCH = "        found = [self._by_unit(micro_batch) for micro_batch i
 QUERY_MUTANTS = [
     ("beside a coarse base neighbours move a row's loss", "7", PREFLIGHT_PY, "if fine < coarse else ():",
      "if False else ():", (LOSSES + "beside_a_coarse_base_rows_may_not_influence_one_another",)),
-    ("noise is keyed by rounded weights", "35", "methods/base.py", "*own, *self._exact_copies()])", "*own])",
+    ("noise is keyed by rounded weights", "35", "methods/base.py", "*own, *self._exact_copies()]", "*own]",
      (WEIGHTS + "the_noise_is_keyed_by_the_float32_copies_of_bfloat16_weights",)),
     ("clip the sum of slopes", "5", ZEROTH_PY, FACTORS,
      "clip_factors(torch.linalg.vector_norm(slopes.sum(0)).expand(len(slopes)), clip_norm)[:, None]", (QUERY,)),
@@ -108,7 +108,7 @@ DIRECTION_MUTANTS = [
 ]  # fmt: skip
 
 LOSSES_MUTANTS = [
-    ("gates stay shut for the losses", "7", PREFLIGHT_PY, "with _gates_open(model), _nudged(model):", "with _nudged(model):",
+    ("gates stay shut for the losses", "7", PREFLIGHT_PY, "with gates_open(model), _nudged(model):", "with _nudged(model):",
      (LOSSES + "coupling_is_refused[a gate that is 0 before a mean]",)),
     ("nudged weights stay nudged", "32", PREFLIGHT_PY, "finally:\n        for view, bit in views:",
      "finally:\n        for view, bit in []:", (LOSSES + "a_right_model_passes_and_is_left_as_it_was",)),

@@ -37,7 +37,7 @@ ZOO_MUTANTS = [
      "drawn + taken * self.batch_size", ("tests/privacy/test_plan.py::test_phases_are_composed_in_one_account",)),
     ("another draw after memory ran out", "18", "privacy/sampling.py", "        return self[release]\n",
      "        return self[(release + 1) % len(self)]\n",
-     ("tests/methods/test_first_order.py::test_a_draw_that_does_not_fit_is_treated_again_in_smaller_parts[first order]",)),
+     ("tests/methods/test_first_order.py::test_a_draw_that_does_not_fit_is_treated_again_in_smaller_parts",)),
     ("a rehearsal computes with training rows", "22", "rehearsing.py", "self.task.train = self.task.validation",
      "self.task.train",
      ("tests/test_rehearsal.py::test_a_rehearsal_computes_with_validation_rows_alone",)),

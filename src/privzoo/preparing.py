@@ -63,9 +63,13 @@ def method_of(
     if cfg.trainer.gradient_checkpointing:
         turn_on_checkpointing(loaded.model)
     refuse_coupling_modules(method.model, getattr(task, "max_length", None))
-    by_length = task.by_length(task.train)
-    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)  # padding shows between unlike lengths
-    rows = [task.train[by_length[place]] for place in sorted(set(places))]
     dealer = partial(deal_out, device=device, ranks=ranks.count) if cfg.trainer.strategy == "fsdp" else None
-    put_in_place(method, rows, device, dealer)
+    put_in_place(method, rows_to_try(task), device, dealer)
     return method
+
+
+def rows_to_try(task: Task) -> list[Any]:
+    """Up to four training rows of unlike lengths, the last one the longest: padding shows between them."""
+    by_length = task.by_length(task.train)
+    places = (0, len(by_length) // 3, 2 * len(by_length) // 3, len(by_length) - 1)
+    return [task.train[by_length[place]] for place in sorted(set(places))]

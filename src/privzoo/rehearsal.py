@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def microbatch_size_of(cfg: DictConfig) -> int:
         )
     print(
         f"privzoo: microbatch_size={chosen.microbatch_size}: {1 / chosen.seconds_per_row:.3g} of the longest rows a second, "
-        f"{chosen.peak_memory_bytes / 2**30:.1f} GiB at most.",
+        f"about {chosen.peak_memory_bytes / 2**30:.1f} GiB.",
         file=sys.stderr,
         flush=True,
     )
@@ -170,7 +171,8 @@ def _rehearsed(cfg: DictConfig, microbatch_size: int | None, folder: Path) -> It
 
     stage = Stage(cfg)
     if microbatch_size is not None:
-        yield stage.cost(microbatch_size, folder)
+        with suppress(MemoryError):
+            yield stage.cost(microbatch_size, folder)
         return
     began, size, fastest, in_vain = time.monotonic(), 1, float("inf"), 0
     while size <= min(LARGEST, len(stage.rows)) and time.monotonic() - began < PATIENCE_S and in_vain < 2:

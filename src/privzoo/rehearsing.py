@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
+from privzoo.errors import RunLost
 from privzoo.preparing import method_of, model_of, task_of
 from privzoo.privacy.callback import PrivacyCallback
 from privzoo.privacy.ledger import Ledger
@@ -42,6 +43,8 @@ class Stage:
         quiet_libraries()
         self.cfg = deepcopy(cfg)
         self.cfg.trainer.devices, self.cfg.trainer.strategy = 1, "replicas"
+        if self.cfg.method.get("adaptive") is not None:
+            self.cfg.method.adaptive = None  # it costs nothing, and asks for a sigma that suits the batch
         self.task = task_of(self.cfg)
         self.loaded = model_of(self.cfg, self.task)
         self.rows_per_unit = len(self.task.train) / self.task.num_examples
@@ -52,8 +55,8 @@ class Stage:
 
     def tried(self, size: int) -> Tried | None:
         """A micro-batch of the longest rows; None if it does not fit."""
-        self._begin(size)
         try:
+            self._begin(size)
             besides, seconds = self._seconds(NOTHING), self._seconds(self._longest(size))
         except torch.OutOfMemoryError:
             return None
@@ -61,7 +64,17 @@ class Stage:
         return Tried(size, max(seconds - besides, 1e-9) / size, self._peak(), memory)
 
     def cost(self, size: int, folder: Path) -> Cost:
-        """A few releases by the Trainer, as in a run, and a micro-batch of the longest rows."""
+        """A few releases by the Trainer, as in a run, and a micro-batch of the longest rows.
+
+        Raises:
+            MemoryError: if they do not fit on a GPU.
+        """
+        try:
+            return self._cost(size, folder)
+        except (torch.OutOfMemoryError, RunLost) as error:
+            raise MemoryError from error
+
+    def _cost(self, size: int, folder: Path) -> Cost:
         self._begin(size)
         self._query(self._longest(size))
         draws = PoissonDraws(self.plan, self.method.mechanism.key, self.method.mechanism.digest)
@@ -76,6 +89,7 @@ class Stage:
             )  # fmt: skip
             trainer.fit(self.method, private_loader(batches))
         self.method.query = watch.query
+        self._query(self._longest(size))  # once more, beside the optimizer's state
         empty = self._seconds(NOTHING)
         queries, rows, wholes = watch.queries[1:], sum(watch.rows[1:]), watch.wholes[1:]
         per_row = max(sum(queries) - len(queries) * empty, 0.0) / max(rows, 1)
@@ -98,7 +112,15 @@ class Stage:
         )  # fmt: skip
         mechanism = NoiseMechanism(self.plan, RunKey.for_tests(0), "rehearsal")
         self.method = method_of(cfg, self.task, self.loaded, mechanism, ALONE, self.device)
-        self.method.configure_optimizers()
+        self._make_optimizer_state()
+
+    def _make_optimizer_state(self) -> None:
+        """As large as after a release; what it does to the weights is of no matter here."""
+        optimizer = self.method.configure_optimizers()["optimizer"]
+        for parameter in self.method.active.values():
+            parameter.grad = None if hasattr(self.method, "walker") else torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def _longest(self, size: int) -> LogicalBatch:
         longest = sorted(self.task.by_length(self.rows)[-size:])

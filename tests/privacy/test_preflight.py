@@ -11,11 +11,11 @@ import transformers as hf
 from torch import nn
 
 from privzoo.errors import UserError
+from privzoo.preparing import rows_to_try
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.privacy.clipping.layouts import Layouts
 from privzoo.privacy.coupling import refuse_coupling_modules
 from privzoo.privacy.preflight import check_engine, check_losses
-from privzoo.run import _check_before
 
 ENGINES = [BookKeeping, Loop]
 T, E = 4, 6  # as many positions as rows are compared: a wrong axis has the right size
@@ -249,10 +249,10 @@ def test_weights_that_change_with_the_rows(of):
 
 def test_a_long_row_far_behind_is_looked_at():
     """PRIVACY line 7: coupling through padding shows beside the longest row, wherever it stands."""
-    rows, seen = [3 + i % 5 for i in range(200)], []
+    rows = [3 + i % 5 for i in range(200)]
     rows[150] = 64
     task = SimpleNamespace(train=rows, by_length=lambda rows: sorted(range(len(rows)), key=lambda i: rows[i]))
-    _check_before(SimpleNamespace(task=task, model=nn.Linear(1, 1), preflight=seen.extend))
+    seen = rows_to_try(task)
     assert len(seen) == 4
     assert (seen[0], seen[-1]) == (3, 64)
 

@@ -128,6 +128,18 @@ leave_ranks()
     assert str(found[0]["error"]).startswith("Weights are not the same on every rank")
 
 
+def test_a_fingerprint_is_of_all_parts(on_two):
+    """The same on both ranks, and another if either's part is, or what both hold."""
+    found = on_two("""
+def made(alike="a", first="b", second="c"):
+    return ranks.together(alike, second if ranks.rank else first)
+tell(made=[made(), made(alike="x"), made(first="x"), made(second="x"), made(first="c", second="b")])
+leave_ranks()
+""")
+    assert found[0] == found[1]
+    assert len(set(found[0]["made"])) == 5
+
+
 def test_values_are_exchanged(on_two):
     found = on_two("""
 first, all_ = ranks.from_first({"of": ranks.rank}), ranks.all_of([ranks.rank])

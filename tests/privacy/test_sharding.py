@@ -95,14 +95,24 @@ def test_what_needs_the_whole_model_at_once():
         refuse_parts(engine, 2, False)
 
 
-@pytest.mark.parametrize(("wrong", "names"), [(1.0, "first"), (float("nan"), "first"), (0.0, None)])
-def test_parts_that_are_not_those_of_the_whole_are_seen(wrong, names):
-    """PRIVACY 15: also where they are not finite."""
-    alone = {"zero": torch.zeros(3), "first": torch.tensor([1.0, -2.0, 0.5]), "empty": torch.zeros(0)}
+@pytest.mark.parametrize(
+    ("where", "wrong", "names"),
+    [
+        ("first", 1.0, "first"),
+        ("first", float("nan"), "first"),
+        ("small", -0.1, "small"),  # all of it
+        ("zero", 1e-5, None),  # rounding beside the largest
+        ("first", 0.0, None),
+    ],
+)
+def test_parts_that_are_not_those_of_the_whole_are_seen(where, wrong, names):
+    """PRIVACY 15: also where they are not finite, and where they are small beside others."""
+    alone = {"zero": torch.zeros(3), "first": torch.tensor([1.0, -20.0, 0.5]), "empty": torch.zeros(0)}
+    alone["small"] = torch.tensor([0.0, 0.1])
     found = {name: value.clone() for name, value in alone.items()}
-    found["first"][1] += wrong
+    found[where][1] += wrong
     with pytest.raises(RuntimeError, match=f"With parts of a model {names} is not") if names else nullcontext():
-        check_parts(found, alone, ALONE)
+        check_parts(found, alone, 2e-3, ALONE)
 
 
 def test_what_is_whole_stays_what_it_is():

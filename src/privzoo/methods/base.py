@@ -19,7 +19,7 @@ from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
-from privzoo.privacy.ranks import ALONE, Ranks
+from privzoo.privacy.ranks import ALONE, Ranks, held_here
 from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
 from privzoo.privacy.sharding import DealtOut
 from privzoo.tasks.base import Task
@@ -57,6 +57,7 @@ class PrivateMethod(LightningModule):
     """
 
     noises: ClassVar[tuple[str, ...]] = ("gaussian",)
+    asks_again: ClassVar[bool] = True  # whether a query that broke off leaves nothing behind, and may be made once more
 
     def __init__(
         self,
@@ -136,13 +137,13 @@ class PrivateMethod(LightningModule):
         Nothing has been released before, and dropout's masks hang on examples, not on micro-batches.
 
         Raises:
-            RunLost: if they can be no smaller, or other ranks would have to go along.
+            RunLost: if they can be no smaller, other ranks would have to go along, or a query that broke off leaves traces.
         """
         while True:
             try:
                 return self.query(batch)
             except torch.OutOfMemoryError as error:
-                smaller = None if self.dealt_out else batch.smaller()
+                smaller = batch.smaller() if self.asks_again and not self.dealt_out else None
                 if smaller is None:
                     raise RunLost(
                         f"Memory ran out ({first_line(error)}): go on with resume=<run folder> and a smaller "
@@ -268,8 +269,10 @@ class PrivateMethod(LightningModule):
         """Of the weights, and of the method's own state (a clip norm that adapts): what the next sum is taken at. No sum is
         taken at an average."""
         own = [(name, value) for name, value in self._own_state().items() if not name.startswith("average.")]
-        found = fingerprint([*self.trainable.items(), *own, *self._exact_copies()])
-        return self.ranks.together(found) if self.dealt is not None and self.dealt.wholes else found
+        items = [*self.trainable.items(), *own, *self._exact_copies()]
+        parts = [(name, value) for name, value in items if held_here(value) is not value]
+        alike = fingerprint((name, value) for name, value in items if held_here(value) is value)
+        return self.ranks.together(alike, fingerprint(parts)) if parts else alike
 
     def _exact_copies(self) -> list[tuple[str, Tensor]]:
         """What an optimizer keeps of weights that are its rounding: `exact.<number of the parameter in it>`."""
@@ -349,7 +352,7 @@ class PrivateMethod(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's, on every rank; the first one writes."""
         wanted = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
-        pack(checkpoint, wanted, self.weights, self.mechanism.key)
+        pack(checkpoint, wanted, self._fingerprint(), self.mechanism.key)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError unless the checkpoint holds exactly what this method trains, in the same groups."""

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from privzoo.errors import UserError
 from privzoo.methods.base import PrivateMethod
-from privzoo.privacy.preflight import TOLERANCE
+from privzoo.privacy.preflight import gates_open, tolerances
 from privzoo.privacy.ranks import Ranks, held_here
 from privzoo.privacy.sharding import DealtOut, part_like
+
+FLOOR = 1e-2  # of the largest value of any parameter: smaller ones may be 0 but for rounding
 
 
 def put_in_place(
@@ -34,10 +36,12 @@ def put_in_place(
         _refuse_parts(method)
         method.preflight(rows)
         _refuse_parts(method)  # once more, with what it has shown
-        alone = method.trial(rows)
+        with gates_open(method.model):
+            alone, tolerance = method.trial(rows), max(tolerances(method.model))
         deal_out(method, dealer)
         method.to(device)
-        check_parts(method.trial(rows), alone, method.ranks)
+        with gates_open(method.model):
+            check_parts(method.trial(rows), alone, tolerance, method.ranks)
         return
     if dealer is not None:
         deal_out(method, dealer)
@@ -113,23 +117,25 @@ def refuse_parts(engine: Any, phases: int, of_trained: bool) -> None:
     )
 
 
-def check_parts(found: Mapping[str, Tensor], alone: Mapping[str, Tensor], ranks: Ranks) -> None:
+def check_parts(found: Mapping[str, Tensor], alone: Mapping[str, Tensor], tolerance: float, ranks: Ranks) -> None:
     """Compare what ranks make together of a model that is dealt out with what one made of the whole, of the same rows.
 
-    Passing means: every trained parameter is seen in the passes of parts, and each rank gets its own part of a sum.
+    Passing means: every trained parameter is seen in the passes of parts (by its own size, but for those that are small
+    beside the largest), and each rank gets its own part of a sum.
 
     Args:
         found: this rank's parts, see `PrivateMethod.trial`.
         alone: whole.
+        tolerance: how far rounding may take a value, in parts of the parameter's largest one.
     Raises:
         RuntimeError: on all ranks, naming the first parameter that differs on any.
     """
-    scale = max(float(value.abs().max()) for value in alone.values() if value.numel())
-    wrong = []
+    sizes = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in alone.items()}
+    floor, wrong = FLOOR * max(sizes.values()), []
     for name, value in alone.items():
-        expected = held_here(part_like(value, found[name]))
-        difference = (held_here(found[name]) - expected).abs()
-        if difference.numel() and not float(difference.max()) <= TOLERANCE[expected.dtype] * scale:
+        here = held_here(found[name])
+        expected = held_here(part_like(value, found[name])).to(here.device)
+        if here.numel() and not float((here - expected).abs().max()) <= tolerance * max(sizes[name], floor):
             wrong.append(name)
     first = next((names[0] for names in ranks.all_of(wrong) if names), None)
     if first is not None:

@@ -54,8 +54,6 @@ class FirstOrder(PrivateMethod):
             Interrupted: between micro-batches, if this process `stops_here`.
         """
         setting = self.mechanism.plan.at(batch.release)
-        if self.adaptive is not None and setting.index == 0:
-            self.adaptive.scale.fill_(1)  # other parameters, hence other norms
         clip_norm = setting.clip_norm if self.adaptive is None else self.adaptive.clip_norm(setting)
         self.clip_norm = clip_norm
         sums: dict[str, Tensor] = {}  # made by the first micro-batch: until then they would only take memory
@@ -117,6 +115,8 @@ class FirstOrder(PrivateMethod):
         self._tell_noise(setting)
         if self.adaptive is not None:
             self.adaptive.update(noisy_sums.pop(COUNT), setting)
+            if setting.index + 1 == setting.steps and setting.number + 1 < self.mechanism.plan.steps:
+                self.adaptive.scale.fill_(1)  # the next phase has other parameters, hence other norms
         for name, parameter in self.active.items():
             parameter.grad = noisy_sums[name].div_(setting.batch_size).to(parameter.dtype)
         self.finish_step()

@@ -46,6 +46,7 @@ class ZerothOrder(PrivateMethod):
     """
 
     noises = ("gaussian", "laplace")
+    asks_again = False  # memory that runs out on the way may leave weights displaced, and another way there and back rounds
 
     def __init__(
         self,
@@ -120,6 +121,11 @@ class ZerothOrder(PrivateMethod):
         super().on_train_start()
         plan = self.mechanism.plan
         with self.trainer.precision_plugin.forward_context():
+            if torch.is_autocast_enabled(self.device.type) and self.dealt is not None and self.dealt.wholes:
+                raise UserError(
+                    "trainer.precision=bf16-mixed beside trainer.strategy=fsdp: how losses round cannot be looked at where "
+                    "all weights are dealt out; take trainer.precision=32-true."
+                )
             if self._rows and torch.is_autocast_enabled(self.device.type):
                 setting = plan.at(min(self.global_step, plan.steps - 1))
                 self._check_rows(setting.clip_norm, setting.batch_size)

@@ -14,6 +14,7 @@ from privzoo.privacy.clipping.functions import FLAT, check_function
 from privzoo.privacy.clipping.loop import Loop
 from privzoo.privacy.ranks import held_here
 from privzoo.privacy.sampling import MicroBatch
+from privzoo.privacy.sharding import part_like, whole
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 OR_THE_ENGINE = (
@@ -45,7 +46,7 @@ def check_engine(
     check_function(getattr(engine, "clipping", FLAT))
     together = [rows[i] for i in range(min(4, len(rows)))]
     losses = _leaving_weights_alone(model, losses)
-    with _sound(model), _gates_open(model):
+    with _sound(model), gates_open(model):
         _compare_with_loop(engine, model, losses, together, collate, clip_norm)
     _refuse_unused(model, losses(collate(together)))
 
@@ -69,14 +70,14 @@ def check_units(
     together = [rows[i] for i in range(min(4, len(rows)))]
     units = torch.arange(len(together), device=next(model.parameters()).device) // 2
     loop, sums, norms = _loop_like(engine, model), None, []
-    with _gates_open(model):
+    with gates_open(model):
         found = engine(lambda: losses(collate(together)), clip_norm=clip_norm, unit_of_row=units)
         for pair in (together[i : i + 2] for i in range(0, len(together), 2)):
             alone = loop(lambda pair=pair: losses(collate(pair)), clip_norm, units[: len(pair)] * 0, sums)  # type: ignore[misc]
             norms.append(alone.norms)
             sums = alone.sums
     assert sums is not None
-    _compare_gradients(found, torch.cat(norms).to(found.norms.dtype), sums, loop, clip_norm, _tolerances(model)[1])
+    _compare_gradients(found, torch.cat(norms).to(found.norms.dtype), sums, loop, clip_norm, tolerances(model)[1])
 
 
 def check_losses(
@@ -108,7 +109,7 @@ def check_losses(
     losses = _leaving_weights_alone(model, losses)
     with _sound(model), torch.no_grad():
         before = _compare_with_rows_alone(model, losses, together, collate, allowed)
-        with _gates_open(model), _nudged(model):
+        with gates_open(model), _nudged(model):
             torch.clear_autocast_cache()
             nudged = _compare_with_rows_alone(model, losses, together, collate, allowed)
     torch.clear_autocast_cache()  # copies of nudged weights
@@ -144,14 +145,15 @@ def _leaving_weights_alone(model: nn.Module, losses: Callable[[MicroBatch], Tens
 
 
 @contextmanager
-def _gates_open(model: nn.Module) -> Iterator[None]:
+def gates_open(model: nn.Module) -> Iterator[None]:
     """Gives trainable tensors that are (nearly) 0 random values meanwhile: a gate, LoRA matrix or head that starts from 0
     stops every gradient behind it, and an engine that is wrong there would be found right."""
     generator = torch.Generator().manual_seed(0)
-    shut = [p for p in trainable_parameters(model).values() if float(p.detach().abs().max()) < 1e-2]
+    shut = [p for p in trainable_parameters(model).values() if float(whole(p.detach()).abs().max()) < 1e-2]
     kept = [p.detach().clone() for p in shut]
     for parameter in shut:
-        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        drawn = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(part_like(drawn, parameter.data))
     try:
         yield
     finally:
@@ -194,7 +196,7 @@ def _compare_with_rows_alone(
     finite = torch.isfinite(alone)
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite loss: check model and data, or take float32.")
-    fine, coarse = _tolerances(model)
+    fine, coarse = tolerances(model)
     coarse = TOLERANCE[torch.bfloat16] if torch.is_autocast_enabled(found.device.type) else coarse
     way_out = ", by a mean, by padding or through a module"
     _compare("losses", found[finite], alone[finite], coarse, way_out=way_out)
@@ -233,7 +235,7 @@ def _compare_with_loop(
     finite = torch.isfinite(norms)  # an example without a finite gradient contributes nothing: nothing to compare
     if not finite.any():
         raise UserError(f"None of {len(together)} examples has a finite gradient: check model and data, or take float32.")
-    fine, coarse = _tolerances(model)
+    fine, coarse = tolerances(model)
     _compare("losses", found.losses[finite], torch.cat([one.losses for one in alone])[finite], coarse)
     _compare_gradients(found, norms, sums, loop, clip_norm, coarse)
     if fine < coarse:
@@ -291,7 +293,7 @@ def _compare_gradients(
         _compare(f"the clipped sum of {name}", found.sums[name], expected, tolerance, scale)
 
 
-def _tolerances(model: nn.Module) -> tuple[float, float]:
+def tolerances(model: nn.Module) -> tuple[float, float]:
     """Of the trained parameters' format, and of the coarsest one in which the model computes: a frozen base in bfloat16
     rounds what trained float32 parts get. A 4-bit layer stores no floats and names its format itself."""
     fine = TOLERANCE[next(iter(trainable_parameters(model).values())).dtype]

@@ -71,15 +71,16 @@ class Ranks:
                 for value, part in zip(bucket, flat.split([value.numel() for value in bucket]), strict=True):
                     value.copy_(part.view_as(value))
 
-    def together(self, weights: str) -> str:
-        """SHA-256 of the fingerprints of all ranks' parts, the same on every rank.
+    def together(self, alike: str, part: str) -> str:
+        """SHA-256 of a fingerprint and those of all ranks' parts: the same on every rank, where `alike` is.
 
         Args:
-            weights: fingerprint of this rank's.
+            alike: of what every rank holds whole.
+            part: of what this one holds a part of.
         Raises:
             RankLost: if another rank has ended.
         """
-        return sha256(" ".join(self.all_of(weights)).encode()).hexdigest()
+        return sha256(" ".join([alike, *self.all_of(part)]).encode()).hexdigest()
 
     def any_stops(self, stop: bool, weights: str) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer, at the same place.

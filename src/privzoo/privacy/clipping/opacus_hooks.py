@@ -84,6 +84,8 @@ class OpacusHooks:
         try:
             with torch.enable_grad():
                 return forward()
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, RuntimeError) as error:
             in_hook = any("opacus" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
             if in_hook or "BackwardHookFunction" in str(error):
@@ -94,6 +96,8 @@ class OpacusHooks:
     def _backward(losses: Tensor) -> None:
         try:
             losses.sum().backward()
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, RuntimeError, ValueError) as error:
             raise UnsupportedUse(f"Opacus fails on this model: {error}") from error
 
