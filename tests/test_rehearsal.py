@@ -1,6 +1,5 @@
 """What a run would cost: `microbatch_size=auto` and `python -m privzoo.plan --cost`."""
 
-import json
 import math
 
 import pytest
@@ -116,17 +115,3 @@ def test_a_mistake_is_told_in_a_sentence(arguments, module, privzoo, tmp_path):
     assert "/nowhere" in output
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
-
-
-def test_the_process_is_one_of_its_own(tmp_path, run_config, monkeypatch):
-    """By the real command line, once; elsewhere it is forked from one that has imported everything."""
-    from omegaconf import OmegaConf
-
-    from privzoo import rehearsal
-
-    monkeypatch.setenv("WORLD_SIZE", "7")  # one of many ranks asks
-    cfg = run_config("task=toy_text", "method=dp_head", *FEW, "microbatch_size=16")
-    assert json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))["microbatch_size"] == 16
-    found = rehearsal.cost(cfg)
-    assert found.microbatch_size == 16
-    assert found.seconds_per_row > 0

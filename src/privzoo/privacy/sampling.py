@@ -1,7 +1,7 @@
 """Poisson sampling and the logical batch: one draw is one Lightning batch is one release."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,7 @@ class LogicalBatch:
     release: int
     micro_batches: tuple[MicroBatch, ...]
     fillers: tuple[MicroBatch, ...] = ()
-    smaller: Callable[[], "LogicalBatch | None"] = lambda: None
+    smaller: Callable[[], "LogicalBatch | None"] = field(default=lambda: None, compare=False)
 
 
 class PoissonDraws:
