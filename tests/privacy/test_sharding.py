@@ -107,7 +107,7 @@ def test_what_needs_the_whole_model_at_once():
 )
 def test_parts_that_are_not_those_of_the_whole_are_seen(where, wrong, names):
     """PRIVACY 15: also where they are not finite, and where they are small beside others."""
-    alone = {"zero": torch.zeros(3), "first": torch.tensor([1.0, -20.0, 0.5]), "empty": torch.zeros(0)}
+    alone = {"zero": torch.zeros(3), "first": torch.tensor([1.0, -200.0, 0.5]), "empty": torch.zeros(0)}
     alone["small"] = torch.tensor([0.0, 0.1])
     found = {name: value.clone() for name, value in alone.items()}
     found[where][1] += wrong
