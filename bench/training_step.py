@@ -5,11 +5,17 @@
 Both train a BERT of MiniLM's size (6 layers, width 384) on toy_text, 512 rows a release, on the same Poisson draws. The bare
 step is collating, clipped sums, torch's own normal noise and fused AdamW. Runs take turns, a process each; the first release
 is left out on both sides. Memory is the largest resident set of each process, libraries included.
+
+    python bench/training_step.py memory [steps=6] [method=dp_full]
+
+says where that memory goes, stage by stage; its "bare, imports of whole" is the bare step in a process that has imported
+what the whole one needs (Lightning, accountant, loggers) and does not use it.
 """
 
+import ctypes
+import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,25 +54,30 @@ def composed(folder: Path, method: str, steps: int):
     ])  # fmt: skip
 
 
-def whole(folder: Path, method: str, steps: int) -> dict[str, float]:
+def whole(folder: Path, method: str, steps: int) -> dict:
     """Seconds a step of a run as a user starts it, from one update to the next, and what the process took at most."""
     from privzoo.methods.first_order import FirstOrder
     from privzoo.run import run
     from privzoo.run_folder import open_folder
 
-    ends: list[float] = []
-    update = FirstOrder.update
+    stages = Stages()
+    query, update = FirstOrder.query, FirstOrder.update
+
+    def asked(self, *args):
+        if not stages.ends:
+            stages.end("until the first release")
+        return query(self, *args)
 
     def timed(self, *args):
         update(self, *args)
-        ends.append(time.perf_counter())
+        stages.end_of_release()
 
-    FirstOrder.update = timed  # type: ignore[method-assign]
+    FirstOrder.query, FirstOrder.update = asked, timed  # type: ignore[method-assign]
     run(open_folder(composed(folder, method, steps)))
-    return measured(ends)
+    return stages.measured()
 
 
-def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
+def bare(folder: Path, method: str, steps: int) -> dict:
     """The same of the same arithmetic in a plain loop."""
     from privzoo.composition import build
     from privzoo.config import plan_arguments
@@ -76,6 +87,7 @@ def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
     from privzoo.privacy.sampling import PoissonBatches, PoissonDraws
     from privzoo.privacy.streams import RunKey
 
+    stages = Stages()
     cfg = composed(folder, method, steps)
     task = build(cfg.task)
     task.load(None)
@@ -88,7 +100,7 @@ def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
     batches = PoissonBatches(
         task.train, PoissonDraws(plan, RunKey.for_tests(1), "bench"), task.collate, task.length, MICRO_BATCH
     )
-    ends = []
+    stages.end("until the first release")
     for release in range(plan.steps):
         sums: dict[str, torch.Tensor] = {}
         for rows in batches[release].micro_batches:
@@ -97,20 +109,83 @@ def bare(folder: Path, method: str, steps: int) -> dict[str, float]:
             trainable[name].grad = total.add_(torch.empty_like(total).normal_(0, 0.05)).div_(BATCH)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ends.append(time.perf_counter())
-    return measured(ends)
+        stages.end_of_release()
+    return stages.measured()
 
 
-def measured(ends: list[float]) -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "bytes": peak}
+class Stages:
+    """When releases ended, and what the process took until then: its largest resident set in each stage, in MiB."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.memory: dict[str, float] = {}
+        self.end("imports")
+
+    def end(self, stage: str) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        self.memory[f"{stage}, at most"] = int(status["VmHWM"].split()[0]) / 1024
+        self.memory[f"{stage}, at its end"] = int(status["VmRSS"].split()[0]) / 1024
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+    def end_of_release(self) -> None:
+        self.end(f"release {len(self.ends)}")
+        self.ends.append(time.perf_counter())
+
+    def measured(self) -> dict:
+        """Of the last release, too: tensors that live between releases, and what malloc holds beyond what is in use."""
+        storages = {s.data_ptr(): s.nbytes() for s in map(storage, gc.get_objects()) if s is not None}
+        self.memory["tensors that live between releases"] = sum(storages.values()) / 2**20
+        self.memory["free, but held by malloc"] = held_free() / 2**20
+        peak = max(value for stage, value in self.memory.items() if stage.endswith("at most")) * 2**20
+        seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+        return {"seconds": seconds, "bytes": peak, "memory": self.memory}
 
 
-def asked(kind: str, folder: Path, method: str, steps: int) -> tuple[float, float]:
+def storage(thing: object) -> torch.UntypedStorage | None:
+    return thing.untyped_storage() if type(thing) in (torch.Tensor, torch.nn.Parameter) else None
+
+
+def held_free() -> int:
+    """Bytes that glibc keeps for later, by its mallinfo2()."""
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+        )]  # fmt: skip
+
+    function = ctypes.CDLL("libc.so.6").mallinfo2
+    function.restype = Info
+    return function().fordblks
+
+
+def bare_with_imports(folder: Path, method: str, steps: int) -> dict:
+    """`bare`, in a process as large as `whole`'s at its start."""
+    import privzoo.run
+
+    assert privzoo.run
+    return bare(folder, method, steps)
+
+
+SIDES = {"bare": bare, "bare_with_imports": bare_with_imports, "whole": whole}
+
+
+def asked(kind: str, folder: Path, method: str, steps: int) -> dict:
     command = [sys.executable, __file__, "worker", kind, str(folder), method, str(steps)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found = json.loads(out.strip().splitlines()[-1])
-    return found["seconds"], found["bytes"]
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def memory(argv: list[str]) -> int:
+    """Prints the stages of both sides, beside each other."""
+    options = dict(argument.split("=", 1) for argument in argv)
+    method, steps = options.get("method", "dp_full"), int(options.get("steps", 6))
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model")
+        sides = [asked(kind, Path(folder), method, steps)["memory"] for kind in SIDES]
+    print(f"| {method}, MiB | bare | bare, imports of whole | whole |\n|---|---|---|---|")
+    for stage in sides[0]:
+        print(f"| {stage} | " + " | ".join(f"{side[stage]:.0f}" for side in sides) + " |")
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -130,8 +205,8 @@ def main(argv: list[str]) -> int:
                 place.mkdir()
                 (place / "model").symlink_to(Path(folder) / "model")
                 pairs.append([asked(kind, place, method, steps) for kind in ("bare", "whole")])
-            time_ratio, memory_ratio = (statistics.median(w[i] / b[i] for b, w in pairs) for i in (0, 1))
-            seconds = statistics.median(b[0] for b, _ in pairs)
+            time_ratio, memory_ratio = (statistics.median(w[i] / b[i] for b, w in pairs) for i in ("seconds", "bytes"))
+            seconds = statistics.median(b["seconds"] for b, _ in pairs)
             lines.append(f"| {method} | {seconds:.2f} s | {time_ratio:.3f} | {memory_ratio:.3f} |")
             print(lines[-1], flush=True)
     head = (
@@ -148,6 +223,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         torch.set_num_threads(1)
-        print(json.dumps({"whole": whole, "bare": bare}[sys.argv[2]](Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))))
+        print(json.dumps(SIDES[sys.argv[2]](Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))))
     else:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(memory(sys.argv[2:]) if sys.argv[1:2] == ["memory"] else main(sys.argv[1:]))

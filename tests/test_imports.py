@@ -43,7 +43,7 @@ def test_methods_know_tasks_by_their_base_alone():
                 assert node.module == "privzoo.tasks.base", file
 
 
-def test_no_torch_before_it_is_needed():
+def test_nothing_heavy_before_it_is_needed():
     """One process imports one module after the other, and names the first one that brings something heavy."""
     modules = (
         "train",
@@ -60,6 +60,7 @@ def test_no_torch_before_it_is_needed():
     code = (
         f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module('privzoo.' + name)\n"
         "    if {'torch', 'lightning', 'transformers'} & set(sys.modules): sys.exit(name)\n"
+        "import privzoo.run\nif {'peft', 'bitsandbytes'} & set(sys.modules): sys.exit('run')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,13 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from privzoo.composition import build
 from privzoo.errors import RunLost, first_line
-from privzoo.models.adapters import merge
 from privzoo.privacy.sharding import whole
 from privzoo.run_folder import RunFolder
 from privzoo.tasks.base import Task
@@ -21,7 +19,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
     None for an adapter, which is whole on every rank and saved without its base.
     """
-    if isinstance(model, PeftModel):
+    if hasattr(model, "peft_config"):  # a PeftModel; to ask peft itself would load it and bitsandbytes into every run
         return None
     return {name: whole(value) for name, value in model.state_dict().items()}
 
@@ -50,5 +48,7 @@ def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] 
 
 def save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
     """Write the base in full precision with the saved adapter merged into it."""
+    from privzoo.models.adapters import merge  # imports peft, which few runs need
+
     base = build(folder.cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=folder.cfg.seed, quantization=None)
     save_model(folder.merged, merge(base.model, folder.model), processor)
