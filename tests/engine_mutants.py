@@ -20,8 +20,9 @@ LARGE, TWO_PASSES = PLAIN + "equals_the_loop_as_if_large[", TWO_PASS + "equals_t
         "opacus_hooks", "grouped",
     )
 )  # fmt: skip
-PREFLIGHT_PY, COUPLING_PY, BASE_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
-    "privacy/preflight.py", "privacy/coupling.py", "methods/base.py", "methods/first_order.py", "methods/trainable.py",
+PREFLIGHT_PY, COUPLING_PY, BASE_PY, ROWS_PY, FIRST_ORDER_PY, TRAINABLE_PY = (
+    "privacy/preflight.py", "privacy/coupling.py", "methods/base.py", "methods/rows.py", "methods/first_order.py",
+    "methods/trainable.py",
 )  # fmt: skip
 
 FACTORS_OF_BOOK = "factors = self.clipping(norms, clip_norm)"
@@ -288,7 +289,7 @@ PREFLIGHT_MUTANTS = [
      (PREFLIGHT + "weights_that_change_with_the_rows",)),
     ("buffers may change behind the pre-flight", "12", BASE_PY, "[*rest, *self.model.named_buffers()]", "rest",
      ("tests/methods/test_contract.py::test_a_frozen_weight_or_buffer_that_moves_is_noticed",)),
-    ("a row may have two losses", "5", BASE_PY, "if rows is not None and losses.shape != (rows,):", "if False:",
+    ("a row may have two losses", "5", ROWS_PY, "if rows is not None and losses.shape != (rows,):", "if False:",
      (FIRST_ORDER + "a_row_has_one_loss",)),
     ("rows of a draw are not counted", "5", "privacy/sampling.py",
      "return DrawnRows(collated, len(examples), release, examples, places)", "return collated",
@@ -383,9 +384,9 @@ METHOD_MUTANTS = [
     ("rows drawn where units are planned", "1 37", "privacy/sampling.py",
      "([unit] if self.rows_of_unit is None else self.rows_of_unit[unit])", "[unit]",
      (SAMPLING + "whole_units_are_drawn_and_none_is_cut[100]",)),
-    ("a micro-batch of unknown owners", "37", BASE_PY, "if self.task.rows_of_unit is not None:", "if False:",
+    ("a micro-batch of unknown owners", "37", ROWS_PY, "if task.rows_of_unit is not None:", "if False:",
      (OF_UNITS + "a_micro_batch_of_unknown_owners_is_refused",)),
-    ("units of another contract are forgotten", "37", BASE_PY, 'if hasattr(task, "unit_of_row"):', "if False:",
+    ("units of another contract are forgotten", "37", ROWS_PY, 'if hasattr(task, "unit_of_row"):', "if False:",
      (OF_UNITS + "a_task_with_units_of_another_contract_is_refused",)),
     ("rows of a unit share their dropout masks", "28 37", "privacy/dropout.py", 'if place else str(example)',
      'if False else str(example)', (OF_UNITS + "rows_of_a_unit_have_masks_of_their_own",)),

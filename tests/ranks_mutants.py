@@ -75,7 +75,7 @@ RANKS_MUTANTS = [
      "[alike, self.all_of(part)[0]]", (RANKS + "a_fingerprint_is_of_all_parts",)),
     ("small parameters are not compared with the whole", "15", "methods/dealing.py", "max(sizes[name], floor)",
      "max(sizes.values())", (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),
-    ("a query that leaves traces is made once more", "32", BASE_PY, "if self.asks_again and not", "if not",
+    ("a query that leaves traces is made once more", "32", BASE_PY, "again=self.asks_again and not", "again=not",
      ("tests/methods/test_first_order.py::test_displaced_weights_are_not_asked_again",)),
     ("parts are not compared with the whole", "15", "methods/dealing.py", "wrong.append(name)", "pass",
      (SHARDING + "parts_that_are_not_those_of_the_whole_are_seen",)),

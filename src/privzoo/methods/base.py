@@ -10,17 +10,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from privzoo.errors import RunLost, UserError, first_line
+from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.contents import pack, unpack
 from privzoo.methods.optimizers import has_modes, make_optimizer
+from privzoo.methods.rows import refuse_other_contract, require_loss_per_row, that_fits, unit_of_row
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
 from privzoo.privacy.dropout import DropoutByExample
 from privzoo.privacy.noise import NoiseMechanism, Part, fingerprint
 from privzoo.privacy.plan import ReleaseSetting
 from privzoo.privacy.ranks import ALONE, Ranks, held_here
-from privzoo.privacy.sampling import DrawnRows, LogicalBatch, MicroBatch
+from privzoo.privacy.sampling import LogicalBatch, MicroBatch
 from privzoo.privacy.sharding import DealtOut
 from privzoo.tasks.base import Task
 
@@ -86,11 +87,7 @@ class PrivateMethod(LightningModule):
                 f"Expected privacy.noise={mechanism.plan.noise} to be {' or '.join(self.noises)} for this method: it bounds "
                 "contributions by their L2 norm; method=dpzero takes laplace."
             )
-        if hasattr(task, "unit_of_row"):
-            raise UserError(
-                f"{type(task).__name__}.unit_of_row is not asked any more: its rows would be clipped one by one; give the "
-                "task rows_of_unit."
-            )
+        refuse_other_contract(task)
         new_head = tuple(new_head)
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task
@@ -125,32 +122,12 @@ class PrivateMethod(LightningModule):
         if setting.index == 0 and setting.phase > 0:
             self.start_phase(setting.phase)
             self.forget_moments()
-        sums = self._query_that_fits(batch)
+        # A query is not asked again where other ranks would have to go along, or if one that broke off leaves traces.
+        sums = that_fits(self.query, batch, again=self.asks_again and not self.dealt_out)
         self.ranks.add_up(sums)
         # ---- private data end here ----
         self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
         self.update(sums, setting)
-
-    def _query_that_fits(self, batch: LogicalBatch) -> dict[str, Tensor]:
-        """`query`; where memory runs out once more from its beginning, with the same draw in smaller micro-batches.
-
-        Nothing has been released before, and dropout's masks hang on examples, not on micro-batches.
-
-        Raises:
-            RunLost: if they can be no smaller, other ranks would have to go along, or a query that broke off leaves traces.
-        """
-        while True:
-            try:
-                return self.query(batch)
-            except torch.OutOfMemoryError as error:
-                smaller = batch.smaller() if self.asks_again and not self.dealt_out else None
-                if smaller is None:
-                    raise RunLost(
-                        f"Memory ran out ({first_line(error)}): go on with resume=<run folder> and a smaller "
-                        "microbatch_size, or trainer.gradient_checkpointing=true."
-                    ) from error
-            batch = smaller  # here, where what the error held is free
-            torch.cuda.empty_cache()
 
     @abstractmethod
     def query(self, batch: LogicalBatch) -> dict[str, Tensor]:
@@ -192,20 +169,8 @@ class PrivateMethod(LightningModule):
         """
 
     def unit_of_row(self, micro_batch: MicroBatch) -> Tensor | None:
-        """The unit of privacy of each row of a drawn micro-batch, (R,), on the model's device; None: every row is one.
-
-        Raises:
-            UserError: if units may have several rows and the micro-batch does not say whose its rows are.
-        """
-        if isinstance(micro_batch, DrawnRows):
-            units = micro_batch.unit_of_row
-            return None if units is None else units.to(self.device)
-        if self.task.rows_of_unit is not None:
-            raise UserError(
-                "The task has units of several rows, and this micro-batch does not say whose its rows are: each would be "
-                "clipped alone, and one unit move the sum by more than clip_norm; draw it by PoissonBatches."
-            )
-        return None
+        """The unit of privacy of each row, (R,), on the model's device; None: every row is one. See `rows.unit_of_row`."""
+        return unit_of_row(self.task, micro_batch, self.device)
 
     def losses(self, micro_batch: MicroBatch) -> Tensor:
         """The task's losses (R,) of a micro-batch, which is moved to the model's device.
@@ -216,12 +181,7 @@ class PrivateMethod(LightningModule):
         on_device = {name: value.to(self.device) for name, value in micro_batch.items()}
         with self.dropout.of(micro_batch):
             losses = self.task.losses(self.model, on_device)
-        rows = getattr(micro_batch, "rows", None)  # of a draw; the pre-flight counts for itself
-        if rows is not None and losses.shape != (rows,):
-            raise UserError(
-                f"Expected a loss for each of {rows} rows, found shape {tuple(losses.shape)}: each would be clipped alone, "
-                "and one row move the sum by more than clip_norm; let the task's collate or losses add them up."
-            )
+        require_loss_per_row(losses, micro_batch)
         return losses
 
     @property
