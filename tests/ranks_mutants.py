@@ -52,6 +52,8 @@ RANKS_MUTANTS = [
     ("ranks with other data", "18 24", "identity.py",
      'ranks.require_equal("configuration, data, weights, code and versions", digest)', "pass",
      (LAUNCH + "ranks_that_see_other_data",)),
+    ("ranks with other units", "18 37", "run.py", 'ranks.require_equal("units of privacy", _units(task))', "pass",
+     (LAUNCH + "ranks_that_count_other_units",)),
     ("a filler is in the sum of all ranks", "18", SHARDING_PY, "value if self.own else value.zero_()", "value",
      (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
     ("what others add while this rank has nothing is lost", "18", "methods/first_order.py",

@@ -241,6 +241,34 @@ leave_ranks()
     assert output.count("Expected the same configuration, data, weights, code and versions on every rank") == 2
 
 
+def test_ranks_that_count_other_units(privzoo, tmp_path):
+    """The same rows, of other owners on one rank: it is told before anything is made."""
+    for rank in (0, 1):
+        rows = [{"text": f"row {i}", "label": "yn"[i % 2], "who": i % 120 if rank else i // 2} for i in range(240)]
+        (tmp_path / f"{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = f"""
+from privzoo.composition import compose
+from privzoo.privacy.ranks import join_ranks, leave_ranks
+from privzoo.run import run
+from privzoo.run_folder import open_folder
+ranks = join_ranks()
+cfg = compose([
+    "task=jsonl", "task.kind=classification", "task.data.owner=who", "task.data.rows_per_owner=4", "task.label_names=[y,n]",
+    "task.max_length=64", "method=dp_head", "model=tiny_encoder", "eps=8", "batch_size=16",
+    f"data.path={tmp_path}/{{ranks.rank}}.jsonl", "output_dir={tmp_path}/runs",
+])
+try:
+    run(open_folder(cfg), ranks)
+except ValueError as error:
+    print(error)
+leave_ranks()
+"""
+    code, output = privzoo(script=script, ranks=2)
+    assert code == 0, output
+    assert output.count("Expected the same units of privacy on every rank, found others on rank 1 than on rank 0.") == 2
+    assert not (tmp_path / "runs").exists()
+
+
 def wait_for(found):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
