@@ -159,6 +159,7 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
     [
         ("toy_text", "dp_bitfit"),
         ("toy_text", "dp_full"),
+        pytest.param("toy_lm", "dp_qlora", marks=pytest.mark.sweep),
         pytest.param("toy_lm", "dp_lora", marks=pytest.mark.sweep),
         pytest.param("toy_lm", "dp_full", marks=pytest.mark.sweep),  # its output layer is its table
         pytest.param("toy_text", "dpzero", marks=pytest.mark.sweep),

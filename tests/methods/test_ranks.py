@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 
 from privzoo.errors import UserError
@@ -18,6 +19,7 @@ from privzoo.methods.directions import SeededSGD
 from privzoo.methods.zeroth_order import ZerothOrder
 from privzoo.models.adapters import wrap
 from privzoo.models.checkpointing import turn_on_checkpointing
+from privzoo.models.quantization import keep_quantized_weights
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.plan import PrivacyPlan
@@ -28,7 +30,25 @@ ROWS = [{"ids": [2, 3 + i, 4][: 2 + i % 2], "label": i % 3} for i in range(4)]
 NOTHING = [{"ids": [2, 3, 4], "label": 0, "strength": 0.0}] * 40  # a loss that is 0 whatever the weights
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}  # peft's are float32
 WALK = {"kind": ZerothOrder, "optimizer": SeededSGD}
-LORA = {"trainable": "adapter", "adapter": partial(wrap, tuner=partial(LoraConfig, r=2, lora_alpha=4))}
+TUNER = partial(LoraConfig, r=2, lora_alpha=4)
+
+
+def wrap_in_4_bits(model, new_head):
+    """The adapter of a base in float32 whose body's linear layers are in 4 bits; they compute in float32, as rounding would
+    hide mistakes."""
+    for parent in list(model.float().bert.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                shape = (layer.in_features, layer.out_features)
+                made = Linear4bit(*shape, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
+                made.load_state_dict(layer.state_dict())
+                setattr(parent, name, made.to("cpu"))  # here it is quantised
+    model.is_loaded_in_4bit = True
+    keep_quantized_weights(model)
+    return wrap(model, new_head, tuner=TUNER)
+
+
+LORA = {"trainable": "adapter", "adapter": partial(wrap, tuner=TUNER)}
 CASES = {
     "dp_full": {},
     "dp_bitfit": {"trainable": "biases"},
@@ -38,6 +58,7 @@ CASES = {
     "ghost_two_pass": {"engine": GhostTwoPass},
     "adaptive": {"adaptive": partial(AdaptiveClip, count_noise=3.0)},
     "dp_lora, dealt out": {**LORA, "dealt_out": True},
+    "dp_qlora, dealt out": {"trainable": "adapter", "adapter": wrap_in_4_bits, "dealt_out": True},
     "dp_bitfit, dealt out": {"trainable": "biases", "dealt_out": True},
     "dp_full, dealt out": {"dealt_out": True},
     "dp_full, dealt out, computed twice": {"dealt_out": True, "checkpointing": True},

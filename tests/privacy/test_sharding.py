@@ -72,8 +72,8 @@ def test_what_cannot_be_dealt_out():
     """Before any process is asked."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].weight = nn.Parameter(torch.zeros(64, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UserError, match="cannot deal out a quantised model"):
-        deal_out(model, {"1.bias": model[1].bias}, True, torch.device("cpu"), 2)
+    with pytest.raises(UserError, match="cannot deal out what is trained beside quantised weights"):
+        deal_out(model, {"1.bias": model[1].bias}, False, torch.device("cpu"), 2)
 
 
 def test_what_needs_the_whole_model_at_once():

@@ -1,6 +1,7 @@
 """Greedy completions and SQuAD's scores: by hand, and whatever the batch."""
 
 import copy
+import itertools
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from privzoo.errors import UserError
 from privzoo.tasks.completions import Completions
+from privzoo.tasks.decoding import generated
 from privzoo.tasks.language_modelling import PromptCompletion
 
 ROWS = {
@@ -54,12 +56,16 @@ def test_the_scores_are_means_over_rows():
     assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
-def by_hand(model, ids, new_tokens, end=0):
-    """Token by token, by the definition: the likeliest next one until the end token."""
+def by_hand(model, ids, new_tokens, end=0, once=0, least=0):
+    """Token by token, by the definition: the likeliest next one until the end token, but for one that says an n-gram of this
+    completion again or ends it too soon."""
     made = []
     with torch.no_grad():
         while len(made) < new_tokens:
-            best = int(model(torch.tensor([ids + made])).logits[0, -1].argmax())
+            said = {tuple(made[i : i + once]) for i in range(len(made) - once + 1)} if once else set()
+            order = model(torch.tensor([ids + made])).logits[0, -1].argsort(descending=True).tolist()
+            free = (token for token in order if (*made, token)[-once:] not in said) if said else iter(order)
+            best = next(token for token in free if token != end or len(made) >= least)
             if best == end:
                 break
             made.append(best)
@@ -74,6 +80,34 @@ def test_a_completion_is_the_likeliest_token_after_token_whatever_stands_beside_
     assert completions.made(gpt.eval(), gpt_tokenizer, prompts) == expected
     assert [completions.made(gpt, gpt_tokenizer, [prompt])[0] for prompt in prompts] == expected
     assert len(set(expected)) > 1, "a model that says the same of everything shows nothing"
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_ngram_comes_once_though_the_prompt_says_it(num_beams, gpt, gpt_tokenizer):
+    """transformers' own option counts the prompt's, too: a summary could not quote its article."""
+    free = [by_hand(gpt, prompt, 12) for prompt in ([3, 4, 5], [6], [7, 8])]
+    assert any(len(made) - 1 > len(set(itertools.pairwise(made))) for made in free), "nothing repeats itself"
+    settings = {"max_new_tokens": 12, "num_beams": num_beams}
+    once = generated(gpt.eval(), gpt_tokenizer, free, once=2, **settings)
+    assert all(len(made) - 1 == len(set(itertools.pairwise(made))) for made in once)
+    assert any(set(itertools.pairwise(made)) & set(itertools.pairwise(said)) for made, said in zip(once, free, strict=True))
+    if num_beams == 1:
+        assert once == [by_hand(gpt, prompt, 12, once=2) for prompt in free]
+    asked = Completions("answers", 12, num_beams=num_beams, no_repeat_ngram_size=2)
+    assert asked.made(gpt, gpt_tokenizer, free) == gpt_tokenizer.batch_decode(once, skip_special_tokens=True)
+
+
+def test_a_completion_does_not_end_too_soon(gpt, gpt_tokenizer):
+    said = {start: by_hand(gpt, [start], 2) for start in range(3, 30)}
+    start, end = next((start, made[1]) for start, made in said.items() if made[1] < 32 and made[0] != made[1])
+    prompt = [start]  # after which the model says `end` second
+    gpt_tokenizer.eos_token = gpt_tokenizer.convert_ids_to_tokens(end)
+    expected = by_hand(gpt, prompt, 6, end, least=4)
+    assert len(expected) >= 4
+    assert generated(gpt, gpt_tokenizer, [prompt], max_new_tokens=6, min_new_tokens=4) == [expected]
+    asked = Completions("answers", 6, min_new_tokens=4)
+    assert asked.made(gpt, gpt_tokenizer, [prompt]) == [gpt_tokenizer.decode(expected, skip_special_tokens=True)]
+    assert generated(gpt, gpt_tokenizer, [prompt], max_new_tokens=6) == [by_hand(gpt, prompt, 6, end)]
 
 
 def test_an_empty_prompt_is_gone_on_from(gpt, gpt_tokenizer):
@@ -160,3 +194,18 @@ def test_the_row_number_reaches_no_model(ready, gpt):
 def test_room_for_prompt_and_completion(source, new_tokens):
     with pytest.raises(UserError, match=f"max_new_tokens={new_tokens}, expected a whole number from 1 to 15"):
         PromptCompletion("qa", source, "{c}", "{answers}", 16, Completions("answers", new_tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 0}, "num_beams=0 to be a whole number of at least 1"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1 to be a whole number of at least 0"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size=2.5 to be a whole number"),
+        ({"min_new_tokens": True}, "min_new_tokens=True to be a whole number"),
+        ({"min_new_tokens": 9}, "min_new_tokens=9 is above max_new_tokens=8"),
+    ],
+)
+def test_numbers_of_a_completion(options, message, source):
+    with pytest.raises(UserError, match=message):
+        PromptCompletion("qa", source, "{c}", "{answers}", 16, Completions("answers", 8, **options))

@@ -81,10 +81,18 @@ def deal_out(
         device: where this rank computes.
         rest: see `DealtOut`.
     Raises:
-        UserError: if it is quantised.
+        UserError: if more is trained than frozen, and what is frozen is quantised.
     """
-    if not all(p.is_floating_point() for p in model.parameters()):
-        raise UserError("trainer.strategy=fsdp cannot deal out a quantised model: take trainer.strategy=replicas.")
+    if not whole and not all(p.is_floating_point() for p in model.parameters()):
+        raise UserError(
+            "trainer.strategy=fsdp cannot deal out what is trained beside quantised weights: take trainer.strategy=replicas "
+            "or a method that trains less, such as dp_qlora."
+        )
+    for module in model.modules():
+        if hasattr(
+            module, "quant_state"
+        ):  # the scales of 4-bit weights, which stay whole: nothing else would bring them along
+            module.quant_state.to(device)
     return DealtOut(model, trained, whole, init_device_mesh(device.type, (ranks,)))
 
 

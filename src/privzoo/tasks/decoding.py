@@ -5,7 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 
 def generated(
@@ -14,6 +21,7 @@ def generated(
     prompts: Sequence[list[int]],
     stop: str | None = None,
     stream: bool = False,
+    once: int = 0,
     **settings,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its end token (left out) or `max_new_tokens`.
@@ -25,6 +33,7 @@ def generated(
         prompts: token ids; one without any begins with the padding token, as there must be something to go on from.
         stop: no further tokens once this text has been said.
         stream: print what a single prompt is completed by as it comes.
+        once: so many new tokens in a row come once; 0: they may come again.
         settings: of a GenerationConfig, max_new_tokens among them; greedy unless do_sample or num_beams say otherwise.
     """
     end = processor.eos_token_id
@@ -39,15 +48,31 @@ def generated(
     )  # fmt: skip
     streamer = TextStreamer(processor, skip_prompt=True, skip_special_tokens=True) if stream else None
     stops = StoppingCriteriaList([] if stop is None else [_Said(stop, processor, longest)])
+    once_only = LogitsProcessorList([_Once(once, longest)] if once else [])
     with _settings(model, asked), torch.no_grad():
         made: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stops
+            input_ids=ids,
+            attention_mask=mask,
+            streamer=streamer,
+            stopping_criteria=stops,
+            logits_processor=once_only,
         )
     return [_up_to(end, row) for row in made[:, longest:].tolist()]
 
 
 def _up_to(end: int | None, ids: list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
+
+
+class _Once(NoRepeatNGramLogitsProcessor):
+    """No n-gram twice. transformers' own counts the prompt's, so that a summary could not say what its article says."""
+
+    def __init__(self, size: int, start: int) -> None:
+        super().__init__(size)
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return super().__call__(input_ids[:, self.start :], scores)
 
 
 class _Said(StoppingCriteria):
