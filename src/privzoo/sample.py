@@ -74,14 +74,7 @@ def sample(
     texts = [prompt if raw else task.in_template(prompt) for prompt in prompts]
     start = start_tokens(processor)
     ids = [start + processor(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-    room = processor.model_max_length - max(map(len, ids))
-    if max_new_tokens is None:
-        drawing["max_new_tokens"] = min(64, max(room, 1))
-    if drawing["max_new_tokens"] > room:
-        raise UserError(
-            f"Expected prompt and max_new_tokens to be at most {processor.model_max_length} tokens together, found "
-            f"{max(map(len, ids))} and {drawing['max_new_tokens']}: shorten one."
-        )
+    _leave_room(drawing, processor.model_max_length, max(map(len, ids)), fixed=max_new_tokens is not None)
     if stream and len(prompts) == 1:
         print(prompts[0], end="", flush=True)
     made: list[list[int]] = []
@@ -92,6 +85,21 @@ def sample(
             made += generated(model, processor, part, stop=stop, stream=stream and len(prompts) == 1, **drawing)
     completions = processor.batch_decode(made, skip_special_tokens=True)
     return [text.split(stop)[0] if stop else text for text in completions]
+
+
+def _leave_room(settings: dict[str, Any], most: int, longest: int, fixed: bool) -> None:
+    """Take fewer new tokens than were meant, in place, where a model of `most` tokens has no room for them.
+
+    Raises:
+        UserError: if their number is `fixed`, or there is no room for any.
+    """
+    if not fixed:
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], max(most - longest, 1))
+    if settings["max_new_tokens"] > most - longest:
+        raise UserError(
+            f"Expected prompt and max_new_tokens to be at most {most} tokens together, found {longest} and "
+            f"{settings['max_new_tokens']}: shorten one."
+        )
 
 
 def _settings(

@@ -94,11 +94,7 @@ def load(
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
     """
-    _known(kind, "kind", _AUTO_CLASSES)
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
-    if pooling not in (None, "mean"):
-        raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
+    _check_arguments(kind, dropout, pooling)
     storage = {"dtype": _float_type(dtype), **quantization_options(quantization)}
     source, cached_only = locate(path)
     options = {"local_files_only": cached_only, "trust_remote_code": False}
@@ -118,6 +114,20 @@ def load(
             if pooled:
                 model = MeanPoolingClassifier.around(model, config.num_labels)
                 new_head = ("classifier.weight", "classifier.bias")
+    _check_loaded(path, kind, model, processor, new_head)
+    return LoadedModel(model.eval(), processor, new_head)
+
+
+def _check_arguments(kind: str, dropout: float, pooling: str | None) -> None:
+    _known(kind, "kind", _AUTO_CLASSES)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
+    if pooling not in (None, "mean"):
+        raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
+
+
+def _check_loaded(path: str, kind: str, model: Any, processor: Any, new_head: tuple[str, ...]) -> None:
+    """What only the loaded model shows: that it can do what is asked of it, and mixes no rows."""
     if kind == "prompt" and new_head:
         raise UserError(
             f"Model {path!r} lacks weights that say words, such as {new_head[0]}, and a prompt needs them: take a "
@@ -130,7 +140,6 @@ def load(
         )
     if kind != "image_classification":
         _check_vocabulary(path, processor, model)
-    return LoadedModel(model.eval(), processor, new_head)
 
 
 def _auto_class(kind: str, config: Any, pooled: bool) -> Any:
