@@ -89,10 +89,9 @@ def deal_out(
             "or a method that trains less, such as dp_qlora."
         )
     for module in model.modules():
-        if hasattr(
-            module, "quant_state"
-        ):  # the scales of 4-bit weights, which stay whole: nothing else would bring them along
-            module.quant_state.to(device)
+        scales = getattr(module, "quant_state", None)  # of 4-bit weights; they stay whole, and nothing else moves them
+        if scales is not None:
+            scales.to(device)
     return DealtOut(model, trained, whole, init_device_mesh(device.type, (ranks,)))
 
 
