@@ -33,9 +33,25 @@ def test_nothing_fits():
 
 
 def test_the_time_of_a_release_by_hand():
-    found = Cost(microbatch_size=4, rows_per_unit=1.5, seconds_per_row=0.1, seconds_besides=2.0, peak_memory_bytes=1)
-    assert found.seconds_per_release(20) == pytest.approx(2 + 20 * 1.5 * 0.1)
-    assert found.seconds_per_release(20, processes=3) == pytest.approx(2 + 20 * 1.5 * 0.1 / 3)
+    found = Cost(
+        microbatch_size=4,
+        rows_per_unit=1.5,
+        relative_length=0.5,
+        seconds_per_row=0.1,
+        seconds_besides=2.0,
+        peak_memory_bytes=1,
+    )
+    assert found.seconds_per_release(20) == pytest.approx(2 + 20 * 1.5 * 0.5 * 0.1)
+    assert found.seconds_per_release(20, processes=3) == pytest.approx(2 + 20 * 1.5 * 0.5 * 0.1 / 3)
+
+
+def test_the_time_of_a_row_hangs_on_how_long_training_rows_are(run_config, tmp_path):
+    """SST-2's are half as long as its validation rows."""
+    stage = Stage(run_config(*FEW, "task=toy_text", "method=dp_bitfit"))
+    lengths = [[stage.task.length(row) for row in rows] for rows in (stage.training_rows, stage.rows)]
+    expected = (sum(lengths[0]) / len(lengths[0])) / (sum(lengths[1]) / len(lengths[1]))
+    assert stage.cost(4, tmp_path).relative_length == pytest.approx(expected)
+    assert expected != 1
 
 
 @pytest.mark.parametrize(

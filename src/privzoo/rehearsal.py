@@ -4,7 +4,8 @@
 
 The promise does not cover the validation split. With training rows nothing is computed, so that the micro-batch that is
 chosen (and written into the run's files) says nothing about them; a cost, which is shown to the user alone, tells how many
-rows a unit has in the mean. A process of its own gives back all memory, and may run out of it.
+rows a unit has in the mean, and how long they are beside validation rows. A process of its own gives back all memory, and
+may run out of it.
 """
 
 import json
@@ -48,25 +49,28 @@ class Tried:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs here: time is of one process, rows are validation rows as they come.
+    """What a run costs here: time is of one process.
 
     Attributes:
         microbatch_size: rows at a time.
         rows_per_unit: of the training split, mean.
-        seconds_per_row: of sampling, forward and backward passes and clipping.
+        relative_length: of training rows beside validation rows, mean; the time of a row is taken to be proportional to it.
+        seconds_per_row: of sampling, forward and backward passes and clipping, of validation rows as they come.
         seconds_besides: of a release, whatever is drawn: noise, optimizer, ledger, and a zeroth-order method's steps.
         peak_memory_bytes: of the device, on a CPU of the process (resident set), with a micro-batch of the longest rows.
     """
 
     microbatch_size: int
     rows_per_unit: float
+    relative_length: float
     seconds_per_row: float
     seconds_besides: float
     peak_memory_bytes: int
 
     def seconds_per_release(self, batch_size: int, processes: int = 1) -> float:
         """Expected time of a release of `batch_size` units; several processes are taken to share the rows at no cost."""
-        return self.seconds_besides + batch_size * self.rows_per_unit * self.seconds_per_row / processes
+        rows = batch_size * self.rows_per_unit
+        return self.seconds_besides + rows * self.relative_length * self.seconds_per_row / processes
 
 
 def cost(cfg: DictConfig) -> Cost:

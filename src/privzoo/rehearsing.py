@@ -48,6 +48,7 @@ class Stage:
         self.task = task_of(self.cfg)
         self.loaded = model_of(self.cfg, self.task)
         self.rows_per_unit = len(self.task.train) / self.task.num_examples
+        self.training_rows = self.task.train
         self.rows = self.task.train = self.task.validation  # nothing is computed with training rows
         self.task.rows_of_unit = None
         self.device = device_of(self.cfg)
@@ -94,7 +95,11 @@ class Stage:
         queries, rows, wholes = watch.queries[1:], sum(watch.rows[1:]), watch.wholes[1:]
         per_row = max(sum(queries) - len(queries) * empty, 0.0) / max(rows, 1)
         besides = statistics.median(whole - query for whole, query in zip(wholes, queries, strict=True)) + empty
-        return Cost(size, self.rows_per_unit, per_row, besides, self._peak())
+        relative_length = self._mean_length(self.training_rows) / self._mean_length(self.rows)
+        return Cost(size, self.rows_per_unit, relative_length, per_row, besides, self._peak())
+
+    def _mean_length(self, rows: Any) -> float:
+        return statistics.fmean(self.task.length(rows[number]) for number in range(len(rows)))
 
     def _begin(self, size: int) -> None:
         """Once: a plan over the validation rows with the run's own clip norm, noise of some size, and the method."""
