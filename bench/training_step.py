@@ -2,25 +2,30 @@
 
     python bench/training_step.py [rounds=3] [steps=6] [method=dp_full] [out=bench/results/training_step-<date>.md]
 
-Both train a BERT of MiniLM's size (6 layers, width 384) on toy_text, 512 rows a release, on the same Poisson draws. The bare
-step is collating, clipped sums, torch's own normal noise and fused AdamW. Runs take turns, a process each; the first release
-is left out on both sides. Memory is the largest resident set of each process, libraries included.
+Both train a BERT of MiniLM's size (6 layers, width 384) on toy_text, 512 rows a release, on the same rows. The bare
+step is collating, clipped sums, torch's own normal noise and fused AdamW. The two are a process each and take turns by
+release, one being stopped (SIGSTOP, all threads of it) while the other computes, because the machine's speed changes within
+seconds; the ratio is the median over pairs of a release. The first release is left out on both sides. Memory is the largest
+resident set of each process, libraries included.
 
     python bench/training_step.py memory [steps=6] [method=dp_full]
 
-says where that memory goes, stage by stage; its "bare, imports of whole" is the bare step in a process that has imported
+says where that memory goes, stage by stage; "bare_with_imports" is the bare step in a process that has imported
 what the whole one needs (Lightning, accountant, loggers) and does not use it.
 """
 
 import ctypes
 import gc
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -64,8 +69,10 @@ def whole(folder: Path, method: str, steps: int) -> dict:
     query, update = FirstOrder.query, FirstOrder.update
 
     def asked(self, *args):
-        if not stages.ends:
+        if not stages.starts:
+            (folder / "digest").write_text(self.mechanism.digest)  # with the key it says which rows a release draws
             stages.end("until the first release")
+            stages.start_of_release()
         return query(self, *args)
 
     def timed(self, *args):
@@ -97,10 +104,12 @@ def bare(folder: Path, method: str, steps: int) -> dict:
     trainable = select_trainable(loaded.model, cfg.method.trainable, loaded.new_head)
     engine = BookKeeping(loaded.model)
     optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-5, fused=True)
-    batches = PoissonBatches(
-        task.train, PoissonDraws(plan, RunKey.for_tests(1), "bench"), task.collate, task.length, MICRO_BATCH
-    )
     stages.end("until the first release")
+    stages.start_of_release()
+    batches = PoissonBatches(
+        task.train, PoissonDraws(plan, RunKey.for_tests(1), (folder / "digest").read_text()), task.collate, task.length,
+        MICRO_BATCH,
+    )  # fmt: skip
     for release in range(plan.steps):
         sums: dict[str, torch.Tensor] = {}
         for rows in batches[release].micro_batches:
@@ -114,10 +123,14 @@ def bare(folder: Path, method: str, steps: int) -> dict:
 
 
 class Stages:
-    """When releases ended, and what the process took until then: its largest resident set in each stage, in MiB."""
+    """Seconds of each release, and what the process took until then: its largest resident set in each stage, in MiB.
+
+    Between two releases the process stops itself, until its turn comes.
+    """
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.starts: list[float] = []
+        self.seconds: list[float] = []
         self.memory: dict[str, float] = {}
         self.end("imports")
 
@@ -127,9 +140,14 @@ class Stages:
         self.memory[f"{stage}, at its end"] = int(status["VmRSS"].split()[0]) / 1024
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
+    def start_of_release(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.starts.append(time.perf_counter())
+
     def end_of_release(self) -> None:
-        self.end(f"release {len(self.ends)}")
-        self.ends.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self.starts[-1])
+        self.end(f"release {len(self.seconds) - 1}")
+        self.start_of_release()
 
     def measured(self) -> dict:
         """Of the last release, too: tensors that live between releases, and what malloc holds beyond what is in use."""
@@ -137,8 +155,7 @@ class Stages:
         self.memory["tensors that live between releases"] = sum(storages.values()) / 2**20
         self.memory["free, but held by malloc"] = held_free() / 2**20
         peak = max(value for stage, value in self.memory.items() if stage.endswith("at most")) * 2**20
-        seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
-        return {"seconds": seconds, "bytes": peak, "memory": self.memory}
+        return {"seconds": self.seconds, "bytes": peak, "memory": self.memory}
 
 
 def storage(thing: object) -> torch.UntypedStorage | None:
@@ -166,13 +183,29 @@ def bare_with_imports(folder: Path, method: str, steps: int) -> dict:
     return bare(folder, method, steps)
 
 
-SIDES = {"bare": bare, "bare_with_imports": bare_with_imports, "whole": whole}
+SIDES = {"whole": whole, "bare": bare, "bare_with_imports": bare_with_imports}
 
 
-def asked(kind: str, folder: Path, method: str, steps: int) -> dict:
-    command = [sys.executable, __file__, "worker", kind, str(folder), method, str(steps)]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.strip().splitlines()[-1])
+def measured(kinds: Sequence[str], folder: Path, method: str, steps: int) -> list[dict]:
+    """What the sides say. They go on one at a time, in the order given, from stop to stop; "whole" comes first."""
+    running = [
+        subprocess.Popen([sys.executable, __file__, "worker", kind, str(folder), method, str(steps)],
+                         stdout=subprocess.PIPE, text=True)
+        for kind in kinds
+    ]  # fmt: skip
+    left = list(running)
+    for process in running:
+        os.waitpid(process.pid, os.WUNTRACED)  # until the first release
+    while left:
+        for process in list(left):
+            process.send_signal(signal.SIGCONT)
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                process.returncode = os.waitstatus_to_exitcode(status)
+                left.remove(process)
+    if any(process.returncode for process in running):
+        raise SystemExit(f"A side failed: {[process.returncode for process in running]}")
+    return [json.loads(process.stdout.read().strip().splitlines()[-1]) for process in running if process.stdout]
 
 
 def memory(argv: list[str]) -> int:
@@ -181,8 +214,8 @@ def memory(argv: list[str]) -> int:
     method, steps = options.get("method", "dp_full"), int(options.get("steps", 6))
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
-        sides = [asked(kind, Path(folder), method, steps)["memory"] for kind in SIDES]
-    print(f"| {method}, MiB | bare | bare, imports of whole | whole |\n|---|---|---|---|")
+        sides = [each["memory"] for each in measured(list(SIDES), Path(folder), method, steps)]
+    print(f"| {method}, MiB | {' | '.join(SIDES)} |\n|---|---|---|---|")
     for stage in sides[0]:
         print(f"| {stage} | " + " | ".join(f"{side[stage]:.0f}" for side in sides) + " |")
     return 0
@@ -193,21 +226,26 @@ def main(argv: list[str]) -> int:
     rounds, steps = int(options.get("rounds", 3)), int(options.get("steps", 6))
     goals = [
         f"{what} (goal {goal})"
-        for what, goal in zip(("whole step / bare step", "memory of the process"), GOALS, strict=True)
+        for what, goal in zip(("whole step / bare step, quartiles", "memory of the process"), GOALS, strict=True)
     ]
     lines = [f"| method | bare step | {goals[0]} | {goals[1]} |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         for method in options.get("method", "dp_full,dp_bitfit").split(","):
-            pairs = []
+            seconds, times, memories = [], [], []
             for turn in range(rounds):
                 place = Path(folder) / f"{method}{turn}"
                 place.mkdir()
                 (place / "model").symlink_to(Path(folder) / "model")
-                pairs.append([asked(kind, place, method, steps) for kind in ("bare", "whole")])
-            time_ratio, memory_ratio = (statistics.median(w[i] / b[i] for b, w in pairs) for i in ("seconds", "bytes"))
-            seconds = statistics.median(b["seconds"] for b, _ in pairs)
-            lines.append(f"| {method} | {seconds:.2f} s | {time_ratio:.3f} | {memory_ratio:.3f} |")
+                w, b = measured(("whole", "bare"), place, method, steps)
+                seconds += b["seconds"][1:]
+                times += [one / other for one, other in zip(w["seconds"][1:], b["seconds"][1:], strict=True)]
+                memories.append(w["bytes"] / b["bytes"])
+            low, middle, high = statistics.quantiles(times, n=4)
+            lines.append(
+                f"| {method} | {statistics.median(seconds):.2f} s | {middle:.3f} ({low:.3f} to {high:.3f}) | "
+                f"{statistics.median(memories):.3f} |"
+            )
             print(lines[-1], flush=True)
     head = (
         f"`python bench/training_step.py {' '.join(argv)}`, {date.today()}, {platform.machine()}, one thread, "
