@@ -47,9 +47,9 @@ def load_finished(folder: Path, untrained: bool = False) -> Finished:
     task = build(cfg.task)
     adapted = (folder / "model" / ADAPTER_CONFIG).exists()  # beside the base that the run began with
     if adapted or untrained:
-        loaded = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
+        loaded = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, texts=task.texts, seed=cfg.seed)
         model = loaded.model if untrained else load_adapter(loaded.model, folder / "model")
     else:
-        loaded = load(str(folder / "model"), task.kind, num_labels=task.num_labels, dtype=cfg.model.dtype)
+        loaded = load(str(folder / "model"), task.kind, num_labels=task.num_labels, dtype=cfg.model.dtype, texts=task.texts)
         model = loaded.model
     return Finished(record, cfg, task, model.eval(), loaded.processor)

@@ -40,7 +40,7 @@ def model_of(cfg: DictConfig, task: Task) -> LoadedModel:
     Raises:
         UserError: if training rows are scored as validation.
     """
-    loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=cfg.seed)
+    loaded: LoadedModel = build(cfg.model)(kind=task.kind, num_labels=task.num_labels, texts=task.texts, seed=cfg.seed)
     task.prepare(loaded.processor)
     refuse_same_rows(task.train, task.validation)
     if task.rows_of_unit is not None:

@@ -50,5 +50,7 @@ def save_merged(folder: RunFolder, task: Task, processor: Any) -> None:
     """Write the base in full precision with the saved adapter merged into it."""
     from privzoo.models.adapters import merge  # imports peft, which few runs need
 
-    base = build(folder.cfg.model)(kind=task.kind, num_labels=task.num_labels, seed=folder.cfg.seed, quantization=None)
+    base = build(folder.cfg.model)(
+        kind=task.kind, num_labels=task.num_labels, texts=task.texts, seed=folder.cfg.seed, quantization=None
+    )
     save_model(folder.merged, merge(base.model, folder.model), processor)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,17 @@ IDS = torch.tensor([[2, 9, 12, 7, 3], [2, 8, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
+PAIRS = torch.tensor([[2, 9, 12, 3, 7, 8, 3], [2, 8, 3, 11, 3, 0, 0]])  # [CLS] … [SEP] … [SEP]
+TYPES = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]])
+BOTH = {"input_ids": PAIRS, "attention_mask": (PAIRS != 0).long(), "token_type_ids": TYPES}
+
+
 def pooled(**options):
     return load("tiny_encoder", "sequence_classification", 3, pooling="mean", **options)
+
+
+def paired(**options):
+    return load("tiny_encoder", "sequence_classification", 3, pooling="pair", texts=2, **options)
 
 
 def test_the_head_is_linear_in_the_mean_of_the_real_tokens() -> None:
@@ -40,6 +50,35 @@ def test_the_head_is_linear_in_the_mean_of_the_real_tokens() -> None:
     assert 0.015 < loaded.model.classifier.weight.std() < 0.025  # BERT's initializer_range
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pair_is_two_texts_that_are_embedded_alone(attention: str) -> None:
+    """Beside the encoder that is given one text at a time, without padding."""
+    loaded = paired()
+    assert loaded.new_head == ("classifier.weight", "classifier.bias")
+    loaded.model.encoder.set_attn_implementation(attention)
+    body = transformers.AutoModel.from_pretrained(TINY / "tiny_encoder").eval()
+
+    def alone(ids: list[int]) -> torch.Tensor:
+        mean = body(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        return mean / mean.norm() * len(mean) ** 0.5
+
+    with torch.no_grad():
+        found = loaded.model(**BOTH).logits
+        texts = [([2, 9, 12, 3], [2, 7, 8, 3]), ([2, 8, 3], [2, 11, 3])]
+        for row, (u, v) in enumerate((alone(first), alone(second)) for first, second in texts):
+            features = torch.cat([u, v, (u - v).abs(), u * v])
+            expected = loaded.model.classifier.weight @ features + loaded.model.classifier.bias
+            torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_of_padding_alone_has_no_nan() -> None:
+    model = paired().model
+    logits = model(**{**BOTH, "attention_mask": BOTH["attention_mask"] * torch.tensor([[1], [0]])}).logits
+    logits.sum().backward()
+    torch.testing.assert_close(logits[1], model.classifier.bias)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
 def test_the_head_hangs_on_the_seed_only() -> None:
     heads = [pooled(seed=seed).model.classifier.weight for seed in (3, 3, 4)]
     assert torch.equal(heads[0], heads[1])
@@ -52,21 +91,34 @@ def test_settings_reach_the_encoder() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_saved_and_loaded_it_says_the_same(tmp_path: Path) -> None:
-    loaded = pooled()
+@pytest.mark.parametrize(("make", "texts"), [(pooled, 1), (paired, 2)])
+def test_saved_and_loaded_it_says_the_same(tmp_path: Path, make, texts: int) -> None:
+    loaded = make()
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
-    again = load(str(tmp_path), "sequence_classification", 3)
+    again = load(str(tmp_path), "sequence_classification", 3, texts=texts)
     assert again.new_head == ()
     with torch.no_grad():
-        expected = loaded.model(input_ids=IDS, attention_mask=MASK).logits
-        assert torch.equal(again.model(input_ids=IDS, attention_mask=MASK).logits, expected)
-    assert load(str(tmp_path), "sequence_classification", 2).new_head == ("classifier.weight", "classifier.bias")
+        expected = loaded.model(**BOTH).logits
+        assert torch.equal(again.model(**BOTH).logits, expected)
+    assert load(str(tmp_path), "sequence_classification", 2, texts=texts).new_head == (
+        "classifier.weight",
+        "classifier.bias",
+    )
 
 
-def test_transformers_loads_it_without_privzoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_head_for_pairs_is_not_given_single_texts(tmp_path: Path) -> None:
+    loaded = paired()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="but a row of this task has 1"):
+        load(str(tmp_path), "sequence_classification", 3, pooling="mean")
+
+
+@pytest.mark.parametrize("make", [pooled, paired])
+def test_transformers_loads_it_without_privzoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:
     """A transformers that has never heard of the class asks leave to run the code in the folder, and then says the same."""
-    model = pooled().model
+    model = make().model
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -79,16 +131,17 @@ def test_transformers_loads_it_without_privzoo(tmp_path: Path, monkeypatch: pyte
     assert "privzoo" not in [line.split()[1] for line in Path(inspect.getfile(type(found))).read_text().splitlines()
                              if line.startswith(("import ", "from "))]  # fmt: skip
     with torch.no_grad():
-        expected, logits = (each(input_ids=IDS, attention_mask=MASK).logits for each in (model, found.eval()))
+        expected, logits = (each(**BOTH).logits for each in (model, found.eval()))
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_its_clipped_sums_are_those_of_the_definition() -> None:
-    model = pooled().model.double()
+@pytest.mark.parametrize("make", [pooled, paired])
+def test_its_clipped_sums_are_those_of_the_definition(make) -> None:
+    model = make().model.double()
     labels = torch.tensor([0, 2])
 
     def losses(rows=slice(None)):
-        logits = model(input_ids=IDS[rows], attention_mask=MASK[rows]).logits
+        logits = model(**{name: values[rows] for name, values in BOTH.items()}).logits
         return torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
 
     found, expected = BookKeeping(model)(losses, clip_norm=0.1), Loop(model)(losses, clip_norm=0.1)
@@ -101,7 +154,8 @@ def test_its_clipped_sums_are_those_of_the_definition() -> None:
 @pytest.mark.parametrize(
     ("pooling", "kind", "name", "words"),
     [
-        ("max", "sequence_classification", "tiny_encoder", "expected model.pooling=mean or null"),
+        ("max", "sequence_classification", "tiny_encoder", "expected model.pooling=mean, pair or null"),
+        ("pair", "sequence_classification", "tiny_encoder", "but a row of this task has 1: set model.pooling=mean"),
         ("mean", "causal_lm", "tiny_lm", "set model.pooling=null"),
         ("mean", "image_classification", "tiny_vit", "set model.pooling=null"),
     ],
@@ -109,6 +163,15 @@ def test_its_clipped_sums_are_those_of_the_definition() -> None:
 def test_refused_where_it_makes_no_sense(pooling: str, kind: str, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(name, kind, 2, pooling=pooling)
+
+
+def test_a_tokenizer_that_does_not_tell_texts_apart_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TINY / "tiny_encoder", tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="says which text a token is of"):
+        load(str(tmp_path / "model"), "sequence_classification", 2, pooling="pair", texts=2)
 
 
 def test_a_row_of_padding_alone_and_large_states_in_half_precision() -> None:

@@ -33,10 +33,10 @@ def loaded(path):
 
 
 def read(path, **changes):
-    """The task, and the two keys of its yaml that are not for the class."""
+    """The task, and its yaml, which has keys that are not for the class."""
     node = loaded(path)
     node.merge_with(changes)
-    return instantiate({k: v for k, v in node.items() if k not in ("default_model", "num_examples")}), node
+    return instantiate({k: v for k, v in node.items() if not k.startswith("default_") and k != "num_examples"}), node
 
 
 def few(path, count):
@@ -63,6 +63,7 @@ def test_yaml(path):
     assert isinstance(task.higher_is_better, bool)
     assert isinstance(node.num_examples, int) or (node.num_examples is None and isinstance(task._data, FewShot))
     assert isinstance(node.default_model, str) or "default" in node.default_model
+    assert (node.get("default_pooling") == "pair") == (task.texts == 2)
     assert str(REPOSITORY) not in path.read_text()
     plain = (str, int, float, bool, list, tuple, dict, set, type(None), ToyData, HubData, FewShot, Completions)
     assert all(isinstance(value, (*plain, Column)) for value in vars(task).values()), "config inside"
@@ -112,6 +113,7 @@ def test_hub_task_trains(path, method, tmp_path, write_hub_files, privzoo):
     task.load(str(tmp_path / "data"))
     code, output = privzoo(
         f"task={path.stem}", f"method={method}", f"model={OF_KIND[task.kind][0]}", "eps=8", "delta=1e-3",
+        *([f"model.pooling={node.default_pooling}"] if "default_pooling" in node else []),
         *[f"task.data.{key}={value}" for key, value in chosen.get("data", {}).items()],
         *(["task.completions.max_new_tokens=16"] if "completions" in node else []),
         *([f"task.{key}={value}" for key, value in WINDOWS.items()] if path.stem == "squad_spans" else []),

@@ -65,6 +65,7 @@ def load(
     pooling: str | None = None,
     quantization: str | None = None,
     replace_batchnorm: bool = False,
+    texts: int = 1,
 ) -> LoadedModel:
     """A pretrained model for a kind of task.
 
@@ -84,12 +85,13 @@ def load(
             whole layers or paths are 0 whatever it is.
         seed: of the new head.
         pooling: "mean" puts a linear head on the mean of the last hidden states, for encoders that were trained to embed
-            a sentence by it; None takes the architecture's own head (for BERT, one on the first token). For
-            "sequence_classification" only.
+            a sentence by it; "pair" embeds both texts of a row so, each alone, and puts a linear head on the two; None takes
+            the architecture's own head (for BERT, one on the first token). For "sequence_classification" only.
         quantization: "nf4" stores the linear layers of the body in 4 bits and computes them in bfloat16; all else has
             `dtype`. Such a base cannot be trained itself, only an adapter beside it.
         replace_batchnorm: a ResNet gets group norms in the place of its batch norms, with their scales and shifts. Any model
             that has batch norms is an error otherwise.
+        texts: how many texts a row has, 1 or 2.
     Raises:
         UserError: for each of these values that is not as said, a folder that is not a model or is damaged, a model
             of another kind, an unreachable hub.
@@ -100,6 +102,12 @@ def load(
     options = {"local_files_only": cached_only, "trust_remote_code": False}
     with quiet_transformers(), explained(path):
         config = _configuration(path, transformers.AutoConfig.from_pretrained(source, **options), kind, pooling)
+        pairs = config.pairs if isinstance(config, MeanPoolingConfig) else pooling == "pair"
+        if pairs and texts != 2:
+            raise UserError(
+                f"model.pooling=pair puts a head on two texts, but a row of this task has {texts}: set "
+                "model.pooling=mean or null."
+            )
         if replace_batchnorm:
             config = _with_group_norms(path, config)
         _set_dropout(config, dropout)
@@ -112,9 +120,11 @@ def load(
             auto_class = _auto_class(kind, config, pooled)
             model, new_head = _weights(path, auto_class, source, config=config, **storage, **options)
             if pooled:
-                model = MeanPoolingClassifier.around(model, config.num_labels)
+                model = MeanPoolingClassifier.around(model, config.num_labels, pairs)
                 new_head = ("classifier.weight", "classifier.bias")
     _check_loaded(path, kind, model, processor, new_head)
+    if pairs:
+        _check_tells_texts_apart(path, processor)
     return LoadedModel(model.eval(), processor, new_head)
 
 
@@ -122,8 +132,8 @@ def _check_arguments(kind: str, dropout: float, pooling: str | None) -> None:
     _known(kind, "kind", _AUTO_CLASSES)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout} is no probability: expected 0 <= model.dropout < 1.")
-    if pooling not in (None, "mean"):
-        raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean or null.")
+    if pooling not in (None, "mean", "pair"):
+        raise UserError(f"Unknown pooling={pooling!r}: expected model.pooling=mean, pair or null.")
 
 
 def _check_loaded(path: str, kind: str, model: Any, processor: Any, new_head: tuple[str, ...]) -> None:
@@ -225,7 +235,18 @@ def _check_can_be_pooled(path: str, config: PretrainedConfig, kind: str) -> None
     if kind != "sequence_classification" or config.is_encoder_decoder:
         what = "an encoder-decoder" if config.is_encoder_decoder else f"for {kind.replace('_', ' ')}"
         raise UserError(
-            f"model.pooling=mean makes a classifier of an encoder, but {path!r} is {what}: set model.pooling=null."
+            f"model.pooling=mean or pair makes a classifier of an encoder, but {path!r} is {what}: set model.pooling=null."
+        )
+
+
+def _check_tells_texts_apart(path: str, tokenizer: Any) -> None:
+    """Raises UserError unless a pair is one token, the first text, then the second one, of types 0 and 1."""
+    row = tokenizer("a", "b")
+    types = row.get("token_type_ids", [])
+    if sorted(set(types)) != [0, 1] or types != sorted(types) or row["input_ids"][0] != tokenizer.cls_token_id:
+        raise UserError(
+            f"model.pooling=pair needs a tokenizer that says which text a token is of, like BERT's by token_type_ids, but "
+            f"that of {path!r} does not: set model.pooling=mean or null."
         )
 
 

@@ -22,6 +22,7 @@ class Task(ABC):
     Attributes:
         name: as in the run record.
         kind: the kind of model, see `privzoo.models.loading.load`.
+        texts: how many texts a row has: 2 in a task of pairs.
         num_labels: number of classes, None where there are none.
         label_names: the classes in words, None where they have none; the saved model's configuration holds them.
         problem_type: what transformers calls it, for the saved model's configuration; None: what it takes by default.
@@ -38,6 +39,7 @@ class Task(ABC):
 
     name: str
     kind: str
+    texts: int = 1
     num_labels: int | None
     metrics: tuple[str, ...]
     higher_is_better: bool

@@ -81,7 +81,7 @@ class Classification(Task):
             ways = "classifier or prompt" if prompt is not None else "classifier, as the task's yaml has no prompt"
             raise UserError(f"Unknown task.head={head}: expected {ways}.")
         self.kind, self._prompt = KINDS[head], prompt if head == "prompt" else None
-        self.name, self.num_labels, self.max_length = name, num_labels, max_length
+        self.name, self.num_labels, self.max_length, self.texts = name, num_labels, max_length, len(text)
         self.label_names = list(label_names) if label_names is not None else None
         names = tuple(label_names or ()) if named_labels else ()
         self._data, self._text, self._label = data, text, Column(label, "label", num_labels, unlabelled, names)
