@@ -5,6 +5,7 @@ QUANTIZATION, COMPOSITION = "tests/models/test_quantization.py::test_", "tests/t
 SPLITS, IDENTITY = "tests/tasks/test_splits.py::test_", "tests/test_identity.py::test_what_a_users_method_imports_counts"
 TRAINABLE = "tests/methods/test_trainable.py::test_"
 BASE_PY, TRAINABLE_PY, CONFIG_PY = "methods/base.py", "methods/trainable.py", "config.py"
+POOLING, POOLING_PY = "tests/models/test_mean_pooling.py::test_", "models/mean_pooling.py"
 ADAPTERS_PY, QUANTIZATION_PY = "models/adapters.py", "models/quantization.py"
 TWO_PHASES = CONTRACT + "the_twin_is_ordinary_training[dp_bitfit_two_phase]"
 
@@ -25,6 +26,17 @@ ZOO_MUTANTS = [
      "for file in map(Path, ()) if", (IDENTITY,)),
     ("what a user's code imports late does not count", "35", "identity.py", "return named | beside |", "return named |",
      (IDENTITY,)),
+    ("the texts of a pair see each other", "8", POOLING_PY, "whose[:, None, :, None] == whose[:, None, None, :]",
+     "(whose[:, None, :, None] > 0) == (whose[:, None, None, :] > 0)",
+     (POOLING + "a_pair_is_two_texts_that_are_embedded_alone[sdpa]",)),
+    ("the second text goes on counting", "8", POOLING_PY, "(whose == text).cumsum(1) * (whose == text)",
+     "(whose > 0).cumsum(1) * (whose == text)", (POOLING + "a_pair_is_two_texts_that_are_embedded_alone[eager]",)),
+    ("padding counts as a text", "8", POOLING_PY, "(token_type_ids + 1) * attention_mask", "token_type_ids + 1",
+     (POOLING + "a_pair_is_two_texts_that_are_embedded_alone[eager]",)),
+    ("a head for pairs takes single texts", "12", "models/loading.py", "if pairs and texts != 2:", "if False:",
+     (POOLING + "a_saved_head_for_pairs_is_not_given_single_texts",)),
+    ("any tokenizer tells texts apart", "12", "models/loading.py", "sorted(set(types)) != [0, 1] or", "False and",
+     (POOLING + "a_tokenizer_that_does_not_tell_texts_apart_is_refused",)),
     ("a base in 8 bits passes", "12", "models/loading.py", 'not stored.get("load_in_4bit")', "False",
      ("tests/models/test_loading.py::test_a_base_in_8_bits_is_refused",)),
     ("evaluate scores in another precision", "24", "evaluate.py", "score(task, model.to(device), cfg, device)",
