@@ -147,9 +147,12 @@ def test_a_judge_here_is_not_asked_through_a_proxy(runs, server, monkeypatch):
 
 
 def test_a_judge_that_runs_here(runs):
-    """The tiny model says no grades, which is told."""
+    """The tiny model says no grades, which is told; an earlier judge's do not stay in the record."""
+    record = json.loads((runs[0] / "result.json").read_text())
+    (runs[0] / "result.json").write_text(json.dumps({**record, "metric/judge_correctness": 4.0}))
     found = judge(str(runs[0]), "tiny_lm", count=1, max_new_tokens=8)
     assert (found["graded"], found["without_a_grade"]) == (0, 1)
+    assert json.loads((runs[0] / "result.json").read_text()).get("metric/judge_correctness") is None
 
 
 def test_a_chart_of_grades(runs, server, tmp_path):

@@ -36,6 +36,7 @@ def test_the_same_run_as_the_commands(tmp_path, run_config):
         ({}, {"epsilon": 3}, "Unknown key 'epsilon'"),
         ({}, {"batch_size": 0}, "batch_size=0"),
         ({"data.path": "no.jsonl"}, {}, "data.path"),
+        ({"+method.no_such": 1}, {}, "has no argument 'no_such'"),
         ({"data.path": Path("no.jsonl")}, {"lr": np.float64(1e-3)}, "data.path"),
         ({}, {"resume": "runs/x"}, "no resume= here"),
         ({}, {"model": "gpt3"}, "model 'gpt3' does not exist"),

@@ -71,7 +71,12 @@ def test_a_stop_ends_a_completion(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prompt=a", "temperature=-1"], "temperature=-1.0 to be a number of at least 0"),
+        (["prompt=a", "temperature=-1"], "temperature=-1.0 to be 0 or a number of at least 0.001"),
+        (["prompt=a", "temperature=1e-45"], "temperature=1e-45 to be 0 or a number"),
+        (
+            ["prompt=a", "temperature=1", "seed=99999999999999999999"],
+            "seed=99999999999999999999 to be a whole number from 0 on",
+        ),
         (["prompt=a", "top_k=5"], "temperature above 0 beside top_k"),
         (["prompt=a", "temperature=1", "num_beams=3"], "temperature=0 beside num_beams=3"),
         (["prompt=a", "top_p=2", "temperature=1"], "top_p=2.0"),

@@ -102,7 +102,8 @@ def judge(
             write_json(Path(run) / "judge.json", found | _summary(found["rows"]))
     found |= _summary(found["rows"])
     means = {f"judge_{name}": found[name] for name in GRADES if found[name] is not None}
-    record = replace(finished.record, metrics={**finished.record.metrics, **means})
+    others = {name: value for name, value in finished.record.metrics.items() if not name.startswith("judge_")}
+    record = replace(finished.record, metrics=others | means)  # of an earlier judge nothing stays
     write_record(Path(run), record)
     if to_mlflow is not None:
         to_mlflow.finish(record.to_json())

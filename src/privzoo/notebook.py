@@ -48,7 +48,7 @@ def finetune(
     Args:
         task, method: names of conf/task and conf/method, or of `config_dir`.
         eps: target epsilon, inf for a run without privacy.
-        overrides: by dotted key, such as {"task.max_length": 128}.
+        overrides: by dotted key, such as {"task.max_length": 128}; "+task.x" adds a key, as on the command line.
         config_dir: a folder with yaml files of your own, as --config-dir.
         values: the same for keys without a dot; model="gpt2" chooses conf/model/gpt2.yaml.
     Raises:
@@ -69,7 +69,7 @@ def finetune(
         if key in GROUPS:
             continue
         try:
-            OmegaConf.update(cfg, key, value)
+            OmegaConf.update(cfg, key.removeprefix("+"), value, force_add=key.startswith("+"))
         except OmegaConfBaseException as error:
             raise UserError(f"Unknown key '{key}': `python -m privzoo.train --cfg job` shows all keys.") from error
     validate(cfg)

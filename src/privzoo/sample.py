@@ -60,6 +60,8 @@ def sample(
         UserError: for an argument out of range, or a run without a language model.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f"Expected seed={seed} to be a whole number from 0 on, below 2^63.")
     drawing = _settings(temperature, top_k, top_p, num_beams, 64 if max_new_tokens is None else max_new_tokens)
     if type(batch_size) is not int or batch_size < 1 or not prompts:
         raise UserError(f"Expected a prompt and batch_size={batch_size} to be a whole number of at least 1.")
@@ -68,7 +70,7 @@ def sample(
         raise UserError(f"{run} is a run of task={record.task}, whose model says no text: take a language model's run.")
     import torch
 
-    from privzoo.tasks.decoding import generated
+    from privzoo.tasks.decoding import continued, generated
     from privzoo.tasks.prompt_tokens import start_tokens
 
     texts = [prompt if raw else task.in_template(prompt) for prompt in prompts]
@@ -83,7 +85,7 @@ def sample(
         for first in range(0, len(ids), batch_size):
             part = ids[first : first + batch_size]
             made += generated(model, processor, part, stop=stop, stream=stream and len(prompts) == 1, **drawing)
-    completions = processor.batch_decode(made, skip_special_tokens=True)
+    completions = [continued(processor, prompt, new) for prompt, new in zip(ids, made, strict=True)]
     return [text.split(stop)[0] if stop else text for text in completions]
 
 
@@ -107,7 +109,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Of a GenerationConfig, once they are known to be possible."""
     checks = [
-        ("temperature", temperature, temperature >= 0, "a number of at least 0"),
+        ("temperature", temperature, temperature == 0 or temperature >= 1e-3, "0 or a number of at least 0.001"),
         ("top_k", top_k, top_k is None or (type(top_k) is int and top_k >= 1), "a whole number of at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "a number above 0, up to 1"),
         ("num_beams", num_beams, type(num_beams) is int and num_beams >= 1, "a whole number of at least 1"),

@@ -174,6 +174,20 @@ def test_a_tokenizer_that_does_not_tell_texts_apart_is_refused(tmp_path: Path) -
         load(str(tmp_path / "model"), "sequence_classification", 2, pooling="pair", texts=2)
 
 
+def test_an_encoder_that_mixes_the_texts_is_refused(tmp_path: Path) -> None:
+    """FNet takes no mask; its Fourier transform runs over the whole row."""
+    transformers.FNetModel(transformers.FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+                           ).save_pretrained(tmp_path)  # fmt: skip
+    transformers.AutoTokenizer.from_pretrained(TINY / "tiny_encoder").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="needs an encoder that can keep two texts of a row apart"):
+        load(str(tmp_path), "sequence_classification", 2, pooling="pair", texts=2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_pairs_in_half_precision(dtype: str) -> None:
+    assert paired(dtype=dtype).model(**BOTH).logits.isfinite().all()
+
+
 def test_a_row_of_padding_alone_and_large_states_in_half_precision() -> None:
     """Neither gives a NaN, which would take the row's part in a release away."""
     model = pooled().model

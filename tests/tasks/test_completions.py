@@ -6,10 +6,13 @@ import itertools
 import peft
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 
 from privzoo.errors import UserError
 from privzoo.tasks.completions import Completions
-from privzoo.tasks.decoding import generated
+from privzoo.tasks.decoding import _Printed, continued, generated
 from privzoo.tasks.language_modelling import PromptCompletion
 
 ROWS = {
@@ -209,3 +212,17 @@ def test_room_for_prompt_and_completion(source, new_tokens):
 def test_numbers_of_a_completion(options, message, source):
     with pytest.raises(UserError, match=message):
         PromptCompletion("qa", source, "{c}", "{answers}", 16, Completions("answers", 8, **options))
+
+
+def test_a_completion_keeps_the_blank_that_it_begins_with(capsys):
+    """SentencePiece's decoder leaves it out at the beginning of what it is given."""
+    words = Tokenizer(WordLevel({"▁a": 0, "▁b": 1, "▁c": 2}, unk_token="▁a"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    processor = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    assert processor.decode([1, 2]) == "b c"
+    assert continued(processor, [0], [1, 2]) == " b c"
+    printed = _Printed(processor, [0])
+    for ids in ([[0]], [1], [2]):
+        printed.put(torch.tensor(ids))
+    printed.end()
+    assert capsys.readouterr().out == " b c\n"

@@ -170,12 +170,19 @@ def test_bytes_that_are_no_image_fail_at_load(ready):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_an_image_cut_short_fails_when_it_is_met(ready, kind):
+def test_an_image_cut_short_fails_at_load(ready, kind):
     blob = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), kind)
-    task = ready(cells([png(PIXELS[0]), blob[: len(blob) // 2]]), [0, 1])
-    task.train[0]
-    with pytest.raises(UserError, match=r"t \(train split\), row 1 cannot be decoded"):
-        task.train[1]
+    with pytest.raises(UserError, match=r"set/train\.parquet, row 1 cannot be decoded"):
+        ready(cells([png(PIXELS[0]), blob[: len(blob) // 2]]), [0, 1])
+
+
+def test_wide_channels_and_huge_images_are_refused(ready, monkeypatch):
+    """PIL would cut 16 bits off at 255: nearly white."""
+    with pytest.raises(UserError, match=r"row 1 cannot be decoded \(mode I;16, expected at most 8 bits"):
+        ready(cells([png(PIXELS[0]), png(np.full((4, 4), 30_000, np.uint16))]), [0, 1])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+    with pytest.raises(UserError, match=r"row 0 cannot be decoded \(Image size"):
+        ready(cells([png(np.zeros((4, 5, 3), np.uint8))] * 2), [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -279,7 +286,7 @@ def test_one_attribute_changes_the_fingerprint(faces):
 
 
 def test_pictures_that_are_no_pictures_or_cut_short_are_skipped(source, folder, processor):
-    """A file that is cut short shows when it is decoded, which is before the run where it is to be skipped."""
+    """A file that is cut short shows when it is decoded."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     blobs = [png(each) for each in pixels]
     blobs[1], blobs[2] = b"no picture", blobs[2][: len(blobs[2]) // 2]

@@ -129,15 +129,21 @@ def test_padding_changes_nothing(ready, gpt, gradients):
 
 
 def test_a_row_without_a_target_token_gives_exactly_zero(ready, gpt, gradients):
-    """An empty prompt and an empty target leave the end token alone, and nothing to predict it from."""
-    task = ready(prompts=["", "w1"], targets=["", "w2"])
-    assert task.train[0]["input_ids"].tolist() == [0]
-    for rows in ([task.train[0]], list(task.train)):
+    """The end token alone, and nothing to predict it from."""
+    task = ready(prompts=["", "w1"], targets=["w3", "w2"])
+    bare = {**task.train[0], "input_ids": task.train[0]["input_ids"][-1:]}
+    assert (bare["input_ids"].tolist(), bare["context"]) == ([0], 0)
+    for rows in ([bare], [bare, task.train[1]]):
         losses = task.losses(gpt, task.collate(rows))
         assert losses[0].item() == 0.0
         assert torch.equal(gradients(losses[:1], gpt), torch.zeros(1, sum(p.numel() for p in gpt.parameters())))
     torch.testing.assert_close(losses[1], naive(gpt, task.train[1]).mean(), rtol=0, atol=1e-12)
-    assert all(math.isfinite(score) for score in task.evaluate(gpt, [task.collate([task.train[0]])]).values())
+    assert all(math.isfinite(score) for score in task.evaluate(gpt, [task.collate([bare])]).values())
+
+
+def test_a_blank_target_of_a_published_set_is_refused(ready):
+    with pytest.raises(UserError, match=r"train\.parquet, row 1: 't' is blank"):
+        ready(prompts=["w1", "w2"], targets=["w3", " "])
 
 
 def test_half_precision_losses_are_float32(ready, gpt):

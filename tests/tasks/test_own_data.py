@@ -285,11 +285,31 @@ def test_an_owner_without_a_name(write):
         ("classification", {"label_names": ["a", "a"]}, "two or more different names"),
         ("answering", {}, "Unknown task.kind=answering"),
         ("text", {"complete": 5}, "there is no prompt to complete"),
+        ("instruction", {"pair": True}, "task.pair=true to be false"),
+        ("text", {"label_names": ["a", "b"]}, "task.label_names=.* to be null for task.kind=text"),
     ],
 )
 def test_kinds_are_checked(kind, changes, message, write):
     with pytest.raises(UserError, match=message):
         own_task("jsonl", kind, OwnData(write(ROWS)), 16, **changes)
+
+
+def test_an_id_comes_once_in_both_files(write):
+    other = write([row | {"text": f"other {row['id']}"} for row in ROWS[200:]], "v.jsonl")
+    for first, message in ((ROWS, "rows.jsonl, too"), ([*ROWS, ROWS[3]], r"2 rows .sound rows \[3, 300\]")):
+        data = OwnData(write(first), other, id="id")
+        with pytest.raises(UserError, match=f"'id' '(200|3)' is that of (a row of .*)?{message}"):
+            _ = data.load("train", [TEXT], None), data.load("validation", [TEXT], None)
+    data = OwnData(write(ROWS[:200]), other, id="id")
+    assert [data.load(split, [TEXT], None).num_rows for split in ("train", "validation")] == [200, 100]
+
+
+def test_a_number_of_thousands_of_digits(write):
+    rows = [*(json.dumps(row) for row in ROWS), '{"text": "x", "label": ' + "9" * 5000 + "}"]
+    with pytest.raises(UserError, match="line 301 is not JSON"):
+        OwnData(write(rows)).load("train", [TEXT, LABEL], None)
+    data = OwnData(write(rows), on_error="skip")
+    assert sum(data.load(split, [TEXT, LABEL], None).num_rows for split in ("train", "validation")) == 300
 
 
 def test_a_blank_answer_is_refused_or_skipped(write):

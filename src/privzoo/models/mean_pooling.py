@@ -9,6 +9,7 @@ The file needs torch and transformers only. It is saved beside the weights, so t
 `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` loads them without privzoo.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -110,8 +111,22 @@ class MeanPoolingClassifier(PreTrainedModel):
         same = whose[:, None, :, None] == whose[:, None, None, :]
         mask = torch.zeros_like(same, dtype=self.encoder.dtype).masked_fill_(~same, torch.finfo(self.encoder.dtype).min)
         hidden = self.encoder(input_ids=ids, position_ids=positions, attention_mask=mask, **inputs).last_hidden_state
-        u, v = (functional.normalize(_mean(hidden, whose == text), dim=1) * hidden.shape[2] ** 0.5 for text in (1, 2))
+        u, v = (_embedding(hidden, whose == text) for text in (1, 2))
         return torch.cat([u, v, (u - v).abs(), u * v], dim=1).to(hidden.dtype)
+
+    @torch.no_grad()
+    def off(self, pair: Mapping[str, Tensor], texts: Sequence[Mapping[str, Tensor]]) -> float:
+        """How far embeddings of a pair's texts are from what the encoder gives for each alone, as a part of their length.
+
+        Args:
+            pair: one row, as for `forward`.
+            texts: its two texts, one row each.
+        """
+        together = self._of_pairs(**pair).float()[0, : 2 * self.config.encoder.hidden_size].reshape(2, -1)
+        hidden = [self.encoder(**text).last_hidden_state for text in texts]
+        masks = [text["attention_mask"] for text in texts]
+        alone = torch.cat([_embedding(each, mask) for each, mask in zip(hidden, masks, strict=True)]).float()
+        return float(((together - alone).norm(dim=1) / alone.norm(dim=1)).max())
 
 
 def _apart(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +141,11 @@ def _apart(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) ->
     positions = sum((whose == text).cumsum(1) * (whose == text) for text in (1, 2))
     assert isinstance(positions, Tensor)
     return ids, (positions - 1).clamp(min=0), whose
+
+
+def _embedding(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(R, d): `_mean`, scaled to length sqrt(d)."""
+    return functional.normalize(_mean(hidden, mask), dim=1) * hidden.shape[2] ** 0.5
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ class Column:
         names: of the classes, where a label column may hold them in place of numbers; of a text, all that it may be.
         within: of spans, the column of texts in which each stands where it says.
         empty: whether a text may be blank.
-        whole: whether an image counts as sound only once it is decoded, and not by its header alone.
         unlabelled: a number that stands for "nobody agreed on a label" (SNLI's -1): such a row is left out, whatever the
             others are; None: there is no such number.
     """
@@ -30,7 +29,6 @@ class Column:
     unlabelled: int | None = None
     names: tuple[str, ...] = ()
     empty: bool = True
-    whole: bool = False
     within: str | None = None
 
     def takes(self, label: int) -> bool:

@@ -279,7 +279,7 @@ def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
         )
     if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
         array = array.cast(pa.large_binary())
-        _check_pictures(array, column.whole, where)
+        _check_pictures(array, where)
         return array
     if isinstance(array.type, pa.FixedShapeTensorType) and pa.types.is_uint8(array.type.value_type):
         return array
@@ -289,10 +289,9 @@ def _checked_image(array: pa.ChunkedArray, column: Column, where: str) -> pa.Chu
     )
 
 
-def _check_pictures(array: pa.ChunkedArray, whole: bool, where: str) -> None:
+def _check_pictures(array: pa.ChunkedArray, where: str) -> None:
+    """Each is decoded: one that breaks in the middle of a run could be neither named before it nor skipped."""
     from privzoo.tasks.pictures import decoded, open_image  # most tasks have no use for PIL
 
     for row, cell in enumerate(array):
-        image = open_image(cell.as_buffer(), where, row)
-        if whole:
-            decoded(image, where, row)
+        decoded(open_image(cell.as_buffer(), where, row), where, row)

@@ -6,7 +6,7 @@ checked, and it writes nothing into the data folder.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar, Literal
 
@@ -78,8 +78,6 @@ class HubData:
                 f"add data.splits.{split} to the task's configuration."
             )
         skipped: list[int] | None = [] if self.on_error == SKIP else None
-        if skipped is not None:  # a picture that breaks in the middle of a run could not be skipped there
-            columns = [replace(column, whole=True) for column in columns]
         if data_root is not None:
             path = find_split(data_root, self.folder, self.splits[split])
             table, where = read_split(path, columns, skipped), str(path)

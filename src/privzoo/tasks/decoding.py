@@ -46,7 +46,7 @@ def generated(
     asked = GenerationConfig(
         **{"do_sample": False, "num_beams": 1, **settings}, pad_token_id=blank, eos_token_id=end
     )  # fmt: skip
-    streamer = TextStreamer(processor, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = _Printed(processor, kept[0]) if stream else None
     stops = StoppingCriteriaList([] if stop is None else [_Said(stop, processor, longest)])
     once_only = LogitsProcessorList([_Once(once, longest)] if once else [])
     with _settings(model, asked), torch.no_grad():
@@ -58,6 +58,33 @@ def generated(
             logits_processor=once_only,
         )
     return [_up_to(end, row) for row in made[:, longest:].tolist()]
+
+
+def continued(processor, prompt: list[int], ids: list[int]) -> str:
+    """What the tokens `ids` say after a prompt's. Alone some tokenizers would leave out the blank that they begin with."""
+    before, both, alone = (str(processor.decode(each, skip_special_tokens=True)) for each in (prompt, prompt + ids, ids))
+    return both[len(before) :] if both.startswith(before) else alone
+
+
+class _Printed(TextStreamer):
+    """New text on the terminal as it comes, with the blank that it may begin with (see `continued`)."""
+
+    def __init__(self, processor, prompt: list[int]) -> None:
+        super().__init__(processor, skip_prompt=True, skip_special_tokens=True)
+        self._prompt, self._begun, self._lead = prompt, False, ""
+
+    def put(self, value) -> None:
+        if not self.next_tokens_are_prompt and not self._begun:
+            first, self._begun = value.reshape(-1).tolist(), True
+            alone = str(self.tokenizer.decode(first, skip_special_tokens=True))
+            both = continued(self.tokenizer, self._prompt, first)
+            self._lead = " " if both.startswith(" ") and not alone.startswith(" ") else ""
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            text, self._lead = self._lead + text, ""
+        super().on_finalized_text(text, stream_end)
 
 
 def _up_to(end: int | None, ids: list[int]) -> list[int]:

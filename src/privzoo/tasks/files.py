@@ -100,7 +100,7 @@ def _read_json(path: Path, columns: Sequence[Column], skipped: list[int] | None)
         records = json.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8, expected text: store the file as UTF-8.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise UserError(f"{path} is not JSON ({error}): write a list of objects, or one object a line as .jsonl.") from error
     if not isinstance(records, list):
         raise UserError(f"{path} holds a {type(records).__name__}, expected a list of objects: write it so.")
@@ -148,7 +148,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise UserError(f"{path}, line {number} is not JSON ({error}): write one object per line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number} is a {type(record).__name__}, expected a JSON object per line.")
@@ -180,7 +180,7 @@ def _checked_cell(value: object, column: Column, where: str, row: int) -> object
     elif column.kind == "spans":
         texts = _checked_cell(value, replace(column, kind="texts"), where, row)
         starts = value.get("answer_start") if isinstance(value, dict) else None
-        if not isinstance(starts, list) or any(type(start) is not int for start in starts):
+        if not isinstance(starts, list) or any(type(start) is not int or abs(start) >= 2**63 for start in starts):
             raise bad_texts(where, row, value, column)
         return {"text": texts, "answer_start": starts}
     elif column.kind == "texts":

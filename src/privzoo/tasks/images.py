@@ -77,7 +77,7 @@ class ImageClassification(Task):
         self._data, self._image, self._label = data, image, label if isinstance(label, str) else list(label)
 
     def load(self, data_root: str | None) -> None:
-        """Every picture file is opened far enough to see that it is one; one cut short shows only when it is decoded."""
+        """Every picture is decoded once, so that a broken one is found before any work."""
         if isinstance(self._label, str):
             labels = [Column(self._label, "label", self.num_labels)]
         else:

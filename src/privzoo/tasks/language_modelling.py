@@ -87,17 +87,13 @@ class PromptCompletion(Task):
         self._cut = cut
 
     def load(self, data_root: str | None) -> None:
-        """The columns of the templates and of the references; of a user's own file a blank target is an error."""
+        """The columns of the templates and of the references; a blank target is an error."""
         named = {role: [name for _, name in parts if name is not None] for role, parts in self._parts.items()}
         asked = self._completions
         references = [asked.references] if asked is not None else []
         many = [] if asked is None or asked.one_text else references
         names = dict.fromkeys(named["prompt"] + named["target"] + references)
-        blank = not isinstance(self._data, OwnData)  # a published set is taken as it is
-        columns = [
-            Column(name, "texts") if name in many else Column(name, "text", empty=blank or name not in named["target"])
-            for name in names
-        ]
+        columns = [Column(name, "texts" if name in many else "text", empty=name not in named["target"]) for name in names]
         self._tables = {split: self._data.load(split, columns, data_root) for split in ("train", "validation")}
         self.count(self._tables["train"])
         self.selection = self._data.selection

@@ -6,6 +6,7 @@ way, so that none is trained on and scored.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,7 @@ class OwnData:
         self._names, self._owner, self._cap, self._id = dict(columns or {}), owner, rows_per_owner, id
         self._on_error = on_error
         self._skipped: dict[str, int] = {}
+        self._ids: dict[str, Path] = {}  # that came already, and in which file
         self._trained: set[tuple] = set()  # whose rows train, or which, while validation is in another file
 
     @property
@@ -137,13 +139,22 @@ class OwnData:
         rows = checked_or_skipped(rows, wanted, str(path), skipped)
         self._skipped[split] = len(skipped or ())
         if self._id is not None:
-            found, counts = np.unique(np.array(rows[self._id].to_pylist(), dtype=object).astype(str), return_counts=True)
-            if counts.max() > 1:
-                raise UserError(
-                    f"{path}: {self._id!r} {shown(str(found[counts.argmax()]))} is that of {counts.max()} rows, expected no "
-                    "value twice: leave the others out, or set task.data.id=null."
-                )
+            self._refuse_twice(rows[self._id].to_pylist(), path)
         return rows
+
+    def _refuse_twice(self, ids: Sequence[str], path: Path) -> None:
+        """No value comes twice, in this file or in that of the training rows."""
+        counts = Counter(ids)
+        for each, count in counts.items():
+            before = self._ids.get(each, path)
+            if count > 1 or before != path:
+                rows = [number for number, other in enumerate(ids) if other == each][:5]
+                where = f"of {count} rows (sound rows {rows})" if count > 1 else f"of a row of {before}, too"
+                raise UserError(
+                    f"{path}: {self._id!r} {shown(each)} is that {where}, expected no value twice: leave the others out, or "
+                    "set task.data.id=null."
+                )
+        self._ids |= dict.fromkeys(counts, path)
 
     def _of_split(self, whose: Sequence[tuple], split: str) -> np.ndarray:
         """Numbers of the rows of a split, by the hash of each row's own content or owner."""

@@ -53,6 +53,11 @@ def own_task(
         return Classification(name, data, columns, "label", len(names), max_length, names, named_labels=True)
     if kind not in KINDS:
         raise UserError(f"Unknown task.kind={kind}: expected one of {', '.join(KINDS)}.")
+    if pair or label_names is not None:
+        raise UserError(
+            f"Expected task.pair={str(pair).lower()} to be false and task.label_names={label_names} to be null for "
+            f"task.kind={kind}: they are for classification."
+        )
     own_prompt, own_target, reference = {
         "question_answering": ("Context : {context} Question : {question} Answer :", " {answer}", "answer"),
         "instruction": ("{prompt}\n\n", "{response}", "response"),

@@ -1,6 +1,7 @@
 """Picture files as bytes: opened, decoded, and what is said where they cannot be."""
 
 import io
+import warnings
 
 import pyarrow as pa
 from PIL import Image
@@ -8,7 +9,10 @@ from PIL import Image
 from privzoo.errors import UserError
 
 # What PIL raises for bad bytes.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
+BROKEN_IMAGE = (
+    OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+WIDE = ("I", "F")  # modes of more than 8 bits a channel begin so; PIL would cut values off in RGB
 
 
 def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
@@ -18,7 +22,9 @@ def open_image(raw: pa.Buffer, where: str, row: int) -> Image.Image:
         UserError: the bytes are not a picture file.
     """
     try:
-        return Image.open(io.BytesIO(raw))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(raw))
     except Image.UnidentifiedImageError as error:  # its own message shows an address in memory
         raise _not_an_image(where, row, "not a picture file that PIL knows") from error
     except BROKEN_IMAGE as error:
@@ -29,8 +35,10 @@ def decoded(image: Image.Image, where: str, row: int) -> Image.Image:
     """The image in RGB.
 
     Raises:
-        UserError: its bytes are damaged.
+        UserError: its bytes are damaged, or it has more than 8 bits a channel.
     """
+    if image.mode.startswith(WIDE):
+        raise _not_an_image(where, row, f"mode {image.mode}, expected at most 8 bits a channel")
     try:
         return image.convert("RGB")
     except BROKEN_IMAGE as error:
