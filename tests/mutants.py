@@ -15,7 +15,7 @@ class Mutant(NamedTuple):
 
     Attributes:
         name: what it does wrong.
-        lines: lines of the list of privacy traps that it stands for.
+        lines: lines of the list of privacy traps that it stands for; "-": a result that would be silently wrong.
         file: under src/privzoo.
         old: text that occurs exactly once in the file.
         new: what is put in its place.
