@@ -201,8 +201,8 @@ BAD_CSV = {
     "a,nan": ["row 1", "'label' is 'nan'"],
     "a, 1": ["row 1", "'label' is ' 1'"],
     "a,99999999999999999999999": ["row 1", "'label' is '99999999999999999999999'"],
-    "a,1,extra": ["cannot be read as csv", "2 columns"],
-    "alone": ["cannot be read as csv", "2 columns"],
+    "a,1,extra": ["has 3 cells, expected 2 as the header"],
+    "alone": ["has 1 cells, expected 2 as the header"],
 }
 
 

@@ -240,7 +240,7 @@ def test_rows_of_csv_that_are_wrong(write, tmp_path):
     good = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(60))
     path = tmp_path / "ragged.csv"
     path.write_text(good + "a,b,c,1\n")
-    with pytest.raises(UserError, match="cannot be read as csv"):
+    with pytest.raises(UserError, match="row 60 has 4 cells, expected 2 as the header"):
         texts(OwnData(str(path)), "train")
     data = OwnData(str(path), on_error="skip")
     assert len(texts(data, "train")) + len(texts(data, "validation")) == 60

@@ -232,6 +232,7 @@ def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) 
                     line.decode()
                 except UnicodeDecodeError:
                     raise _not_utf8(path, number) from error
+        _refuse_uneven(path)
         raise
     for index, column in enumerate(columns if skipped is not None else ()):
         marked = pc.fill_null(pc.match_substring(table[column.name], MARK), False)
@@ -249,6 +250,18 @@ def _read_csv(path: Path, columns: Sequence[Column], skipped: list[int] | None) 
                 raise bad_label(str(path), row, table[column.name][row].as_py(), column)
             table = table.set_column(index, column.name, labels)
     return table
+
+
+def _refuse_uneven(path: Path) -> None:
+    """Raises UserError for the first row that has not as many cells as the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = [row for row in csv.reader(file) if row]
+    for number, row in enumerate(rows):
+        if len(row) != len(header):
+            raise UserError(
+                f"{path}, row {number} has {len(row)} cells, expected {len(header)} as the header: correct it (a text with "
+                "a comma in it wants quotes)."
+            )
 
 
 def _labels_of_csv(cells: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
