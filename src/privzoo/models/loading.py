@@ -1,6 +1,5 @@
 """Loads a pretrained model with its tokenizer or image processor, and tells which weights the checkpoint lacked."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from privzoo.errors import UserError
 from privzoo.models.group_norm import GroupNormResNetConfig, has_batchnorm
 from privzoo.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig
+from privzoo.models.pairs import check_pairs
 from privzoo.models.quantization import keep_quantized_weights, quantization_options
 from privzoo.models.sources import explained, locate, quiet_transformers
 
@@ -125,7 +125,7 @@ def load(
                 new_head = ("classifier.weight", "classifier.bias")
     _check_loaded(path, kind, model, processor, new_head)
     if pairs:
-        _check_pairs(path, processor, model.eval())
+        check_pairs(path, processor, model.eval())
     return LoadedModel(model.eval(), processor, new_head)
 
 
@@ -237,31 +237,6 @@ def _check_can_be_pooled(path: str, config: PretrainedConfig, kind: str) -> None
         what = "an encoder-decoder" if config.is_encoder_decoder else f"for {kind.replace('_', ' ')}"
         raise UserError(
             f"model.pooling=mean or pair makes a classifier of an encoder, but {path!r} is {what}: set model.pooling=null."
-        )
-
-
-def _check_pairs(path: str, tokenizer: Any, model: MeanPoolingClassifier) -> None:
-    """Raises UserError unless a pair is one token, the first text, then the second one, of types 0 and 1, and the encoder
-    gives for both at once what it gives for each text alone."""
-    texts = ("one text of some words, this", "another")
-    row = tokenizer(*texts)
-    types = row.get("token_type_ids", [])
-    if sorted(set(types)) != [0, 1] or types != sorted(types) or row["input_ids"][0] != tokenizer.cls_token_id:
-        raise UserError(
-            f"model.pooling=pair needs a tokenizer that says which text a token is of, like BERT's by token_type_ids, but "
-            f"that of {path!r} does not: set model.pooling=mean or null."
-        )
-    pair, *alone = ({k: torch.tensor([v]) for k, v in each.items()} for each in (row, *map(tokenizer, texts)))
-    tolerance = 1e-3 if model.dtype == torch.float32 and not getattr(model.encoder, "is_quantized", False) else 3e-2
-    try:
-        off = model.off(pair, alone)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no mask by pairs of tokens, or no positions
-        off = math.inf
-    if not off <= tolerance:
-        raise UserError(
-            f"model.pooling=pair needs an encoder that can keep two texts of a row apart, and {path!r} "
-            f"({model.config.encoder.model_type}) does not (its embeddings are off by {off:.2g}): set model.pooling=mean or "
-            "null."
         )
 
 
