@@ -116,6 +116,7 @@ class PrivateMethod(LightningModule):
     # ---- one release
 
     def training_step(self, batch: LogicalBatch, batch_idx: int) -> None:
+        """One release: the query's sum over all ranks, noise, update. Raises Interrupted where the run was asked to stop."""
         if self.ranks.any_stops(self.stop_requested, self.weights):
             raise Interrupted
         setting = self.mechanism.plan.at(batch.release)
