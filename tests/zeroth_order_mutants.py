@@ -108,7 +108,8 @@ DIRECTION_MUTANTS = [
 ]  # fmt: skip
 
 LOSSES_MUTANTS = [
-    ("gates stay shut for the losses", "7", PREFLIGHT_PY, "with gates_open(model), _nudged(model):", "with _nudged(model):",
+    ("gates stay shut for the losses", "7", PREFLIGHT_PY, "with gates_open(trainable_parameters(model)), _nudged(model):",
+     "with _nudged(model):",
      (LOSSES + "coupling_is_refused[a gate that is 0 before a mean]",)),
     ("nudged weights stay nudged", "32", PREFLIGHT_PY, "finally:\n        for view, bit in views:",
      "finally:\n        for view, bit in []:", (LOSSES + "a_right_model_passes_and_is_left_as_it_was",)),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ NESTED = {
         "precision",
         "devices",
         "strategy",
+        "offload",
         "checkpoint_every",
         "validate_every",
         "progress",
@@ -37,7 +39,8 @@ NESTED = {
 PHASE_KEYS = ("epochs", "trainable", "lr", "clip_norm", "batch_size")
 AUTO = "auto"  # microbatch_size: a rehearsal chooses it
 PRECISIONS = ("32-true", "bf16-mixed")  # those in which the engines were compared with the definition
-STRATEGIES = ("replicas", "fsdp")
+STRATEGIES = ("replicas", "fsdp", "zero1", "zero2", "zero3")
+OFFLOADING = ("zero1", "zero2", "zero3")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -48,13 +51,13 @@ def run_id(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     """Eight hexadecimal digits that name what a run computes.
 
     A hash of the resolved configuration without what cannot change the result: logger, data_root, output_dir, resume,
-    microbatch_size, and the trainer's progress, checkpoint_every and strategy. Numbers count by value (eps=8 is eps=8.0),
-    and the order of keys does not count.
+    microbatch_size, and the trainer's progress, checkpoint_every, strategy and offload. Numbers count by value (eps=8 is
+    eps=8.0), and the order of keys does not count.
     """
     content: Any = OmegaConf.to_container(cfg, resolve=True)
     for key in ("logger", "microbatch_size", "data", *PATHS, *without):  # task.data holds what it reads of data
         content.pop(key, None)
-    for key in ("progress", "checkpoint_every", "strategy"):
+    for key in ("progress", "checkpoint_every", "strategy", "offload"):
         content["trainer"].pop(key, None)
     text = json.dumps(_by_value(content), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -228,6 +231,13 @@ def _check_trainer(cfg: DictConfig) -> None:
     _check_one_of(cfg, "trainer.strategy", STRATEGIES)
     if cfg.trainer.strategy != STRATEGIES[0] and cfg.trainer.devices == 1:
         _refuse("trainer.devices", 1, f"at least 2 with trainer.strategy={cfg.trainer.strategy}")
+    if cfg.trainer.strategy == "zero3" and find_spec("deepspeed") is None:
+        raise UserError("trainer.strategy=zero3 needs DeepSpeed: pip install 'privzoo[deepspeed]', or take fsdp.")
+    _check_one_of(cfg, "trainer.offload", (True, False))
+    if cfg.trainer.offload and cfg.trainer.strategy not in OFFLOADING:
+        _refuse(
+            "trainer.offload", True, f"false with trainer.strategy={cfg.trainer.strategy}", "zero1, zero2 and zero3 know it"
+        )
     _check_one_of(cfg, "trainer.progress", (True, False))
     _check_one_of(cfg, "trainer.gradient_checkpointing", (True, False))
     _check_whole(cfg, "trainer.checkpoint_every", 1)

@@ -1,6 +1,5 @@
 """What a run begins with: task, plan, model and method, as the configuration says."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from privzoo.privacy.coupling import refuse_coupling_modules
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.ranks import Ranks
-from privzoo.privacy.sharding import deal_out
+from privzoo.privacy.strategies import Dealer
 from privzoo.tasks.base import Task
 from privzoo.tasks.splits import refuse_same_rows
 from privzoo.tasks.units import FirstRows
@@ -63,9 +62,16 @@ def method_of(
     if cfg.trainer.gradient_checkpointing:
         turn_on_checkpointing(loaded.model)
     refuse_coupling_modules(method.model, getattr(task, "max_length", None))
-    dealer = partial(deal_out, device=device, ranks=ranks.count) if cfg.trainer.strategy == "fsdp" else None
-    put_in_place(method, rows_to_try(task), device, dealer)
+    put_in_place(method, rows_to_try(task), device, _dealer_of(cfg, method, device))
     return method
+
+
+def _dealer_of(cfg: DictConfig, method: PrivateMethod, device: torch.device) -> Dealer | None:
+    """What deals the model out; None where every rank holds it and nothing of what is made of it could be dealt out."""
+    strategy = cfg.trainer.strategy
+    if strategy == "replicas" or (strategy in ("zero1", "zero2") and not hasattr(method, "engine")):
+        return None
+    return Dealer(strategy, device, method.ranks.count, cfg.trainer.offload)
 
 
 def rows_to_try(task: Task) -> list[Any]:

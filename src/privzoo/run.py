@@ -154,7 +154,7 @@ def _fit(
     epsilon_at = EpsilonCurve(plan, charged_twice(plan, ledger, mechanism.digest, start))
     draws = PoissonDraws(plan, mechanism.key, mechanism.digest)
     batches = PoissonBatches(
-        task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks, method.dealt_out
+        task.train, draws, task.collate, task.length, cfg.microbatch_size, task.rows_of_unit, ranks, method.level
     )
     checkpoints, stop = Checkpoints(folder.checkpoint, cfg.trainer.checkpoint_every), StopOnSignal()
     scores = Validation(lambda: evaluate_now(method, cfg, method.device), cfg.trainer.validate_every)
@@ -204,7 +204,7 @@ def _finish(
     plan = method.mechanism.plan
     metrics = evaluate_now(method, folder.cfg, device)
     with method.published():
-        state = whole_state(method.model) if method.dealt_out else None
+        state = whole_state(method.model, method.dealt) if method.dealt else None
         if record is None:  # the first rank writes
             return None
         save_model(folder.model, method.model, processor, state)

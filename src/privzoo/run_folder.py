@@ -23,6 +23,7 @@ RESUME_MAY_CHANGE = (
     "resume", "output_dir", "logger", "data_root", "trainer.progress", "trainer.checkpoint_every", "trainer.validate_every",
     "lr", "microbatch_size", "trainer.accelerator", "trainer.precision", "trainer.gradient_checkpointing", "model.path",
     "method.schedule", "method.warmup", "method.optimizer", "method.engine", "trainer.devices", "trainer.strategy",
+    "trainer.offload",
 )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """What a finished run leaves for others: the model in transformers' own format, alone or merged with its base."""
 
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +12,19 @@ from torch import Tensor, nn
 
 from privzoo.composition import build
 from privzoo.errors import RunLost, first_line
-from privzoo.privacy.sharding import whole
+from privzoo.privacy.sharding import DealtOut
 from privzoo.run_folder import RunFolder
 from privzoo.tasks.base import Task
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+def whole_state(model: nn.Module, dealt: DealtOut) -> dict[str, Tensor]:
     """The state dict with every dealt-out tensor put together again, on the CPU; all ranks take part.
 
-    None for an adapter, which is whole on every rank and saved without its base.
+    Of an adapter, which is saved without its base, it is what is trained.
     """
     if hasattr(model, "peft_config"):  # a PeftModel; to ask peft itself would load it and bitsandbytes into every run
-        return None
-    return {name: whole(value) for name, value in model.state_dict().items()}
+        return {name: dealt.whole_of(name) for name in dealt.parts}
+    return dealt.state()
 
 
 def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] | None = None) -> None:
@@ -35,7 +38,8 @@ def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] 
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        with _without_deepspeed():
+            model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
         processor.save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
@@ -44,6 +48,20 @@ def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] 
         raise RunLost(
             f"{path} cannot be written ({first_line(error)}): make room and go on with resume={path.parent}."
         ) from error
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """accelerate would import DeepSpeed where it is installed (3 s, 100 MB) to ask whether the model is its engine, which no
+    model here is."""
+    hidden = "deepspeed" not in sys.modules
+    if hidden:
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["deepspeed"]
 
 
 def save_merged(folder: RunFolder, task: Task, processor: Any) -> None:

@@ -49,5 +49,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and sets what GPT-2 needs
     warnings.filterwarnings("ignore", message="Adapter .* LoRA tensor.* have invalid shape")  # of the biases of BiTFiT-Add
     warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+    warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")  # DeepSpeed's
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -18,7 +18,6 @@ from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.ranks import ALONE
 from privzoo.privacy.replicas import over_ranks
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
-from privzoo.privacy.sharding import whole
 from privzoo.privacy.streams import RunKey
 from privzoo.tasks.base import pad_right, padding_mask
 
@@ -92,7 +91,9 @@ class Recorder(Callback):
         self.looks = False  # whether it takes losses after each release, as a validation does
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights.append({name: whole(p.detach()).clone() for name, p in pl_module.trainable.items()})
+        dealt = pl_module.dealt
+        now = {name: dealt.whole_of(name) if dealt else p.detach() for name, p in pl_module.trainable.items()}
+        self.weights.append({name: value.clone() for name, value in now.items()})
         self.sizes.append([len(next(iter(m.values()))) for m in batch.micro_batches])
         self.examples.append([int(each) for m in batch.micro_batches for each in m.examples])
         if self.looks:

@@ -24,7 +24,7 @@ from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
 from privzoo.privacy.plan import PrivacyPlan
 from privzoo.privacy.ranks import ALONE, Ranks
-from privzoo.privacy.sharding import deal_out
+from privzoo.privacy.strategies import Dealer
 
 ROWS = [{"ids": [2, 3 + i, 4][: 2 + i % 2], "label": i % 3} for i in range(4)]
 NOTHING = [{"ids": [2, 3, 4], "label": 0, "strength": 0.0}] * 40  # a loss that is 0 whatever the weights
@@ -49,6 +49,25 @@ def wrap_in_4_bits(model, new_head):
 
 
 LORA = {"trainable": "adapter", "adapter": partial(wrap, tuner=TUNER)}
+BY_ZERO = {
+    "zero1": {"dp_full": {}, "loop": {"engine": Loop}, "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]}},
+    "zero2": {
+        "dp_full": {},
+        "dp_bitfit": {"trainable": "biases"},
+        "dp_lora": LORA,
+        "dp_qlora": {"trainable": "adapter", "adapter": wrap_in_4_bits},
+        "adaptive": {"adaptive": partial(AdaptiveClip, count_noise=3.0)},
+    },
+    "zero3": {
+        "dp_full": {},
+        "dp_full, computed twice": {"checkpointing": True},
+        "dp_bitfit": {"trainable": "biases"},
+        "dp_lora": LORA,
+        "dp_qlora": {"trainable": "adapter", "adapter": wrap_in_4_bits},
+        "dpzero": WALK,
+        "dpzero of an adapter": {**LORA, **WALK},
+    },
+}
 CASES = {
     "dp_full": {},
     "dp_bitfit": {"trainable": "biases"},
@@ -57,21 +76,33 @@ CASES = {
     "loop": {"engine": Loop},
     "ghost_two_pass": {"engine": GhostTwoPass},
     "adaptive": {"adaptive": partial(AdaptiveClip, count_noise=3.0)},
-    "dp_lora, dealt out": {**LORA, "dealt_out": True},
-    "dp_qlora, dealt out": {"trainable": "adapter", "adapter": wrap_in_4_bits, "dealt_out": True},
-    "dp_bitfit, dealt out": {"trainable": "biases", "dealt_out": True},
-    "dp_full, dealt out": {"dealt_out": True},
-    "dp_full, dealt out, computed twice": {"dealt_out": True, "checkpointing": True},
-    "dpzero, dealt out": {**WALK, "dealt_out": True},
-    "adaptive, dealt out": {"adaptive": partial(AdaptiveClip, count_noise=3.0), "dealt_out": True},
-    "dpzero of an adapter, dealt out": {**LORA, **WALK, "dealt_out": True},
+    "dp_lora, dealt out": {**LORA, "dealt_out": "fsdp"},
+    "dp_qlora, dealt out": {"trainable": "adapter", "adapter": wrap_in_4_bits, "dealt_out": "fsdp"},
+    "dp_bitfit, dealt out": {"trainable": "biases", "dealt_out": "fsdp"},
+    "dp_full, dealt out": {"dealt_out": "fsdp"},
+    "dp_full, dealt out, computed twice": {"dealt_out": "fsdp", "checkpointing": True},
+    "dpzero, dealt out": {**WALK, "dealt_out": "fsdp"},
+    "adaptive, dealt out": {"adaptive": partial(AdaptiveClip, count_noise=3.0), "dealt_out": "fsdp"},
+    "dpzero of an adapter, dealt out": {**LORA, **WALK, "dealt_out": "fsdp"},
+    **{
+        f"{name}, {strategy}": {**options, "dealt_out": strategy}
+        for strategy, cases in BY_ZERO.items()
+        for name, options in cases.items()
+    },
     "dpzero": WALK,
     "dpzero with 3 directions": {**WALK, "directions": 3},
     "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]},
     "nothing but noise": {"rows": NOTHING, "optimizer": torch.optim.SGD, "lr": 1.0, "schedule": "constant"},
 }
-DEALT_OUT = ("dp_bitfit, dealt out", "dp_full, dealt out", "dpzero, dealt out", "dpzero of an adapter, dealt out")
-WITH_NOISE = ("dp_full", "adaptive", "dp_full, dealt out", "dpzero with 3 directions")
+OFFLOADED = ("dp_full, zero2", "dp_full, zero3")  # what this can show on a CPU: that sums find their way home
+DEALT_OUT = (
+    *("dp_bitfit, dealt out", "dp_full, dealt out", "dpzero, dealt out", "dpzero of an adapter, dealt out"),
+    *("dp_full, zero1", "dp_full, zero2", "dp_full, zero3", "dp_lora, zero3", "dpzero, zero3"),
+)
+WITH_NOISE = (
+    *("dp_full", "adaptive", "dp_full, dealt out", "dpzero with 3 directions"),
+    *("dp_full, zero1", "dp_full, zero2", "dp_full, zero3", "dp_lora, zero3"),
+)
 SCRIPT = """
 import sys, torch
 sys.path[:0] = [{folder!r}]
@@ -82,7 +113,8 @@ ranks = join_ranks()
 sent = []
 def counting(name, call):
     def counted(*arguments, **options):
-        sent.append((name, arguments[-1].numel() * arguments[-1].element_size()))
+        value = arguments[-1] if arguments else options["tensor"]
+        sent.append((name, value.numel() * value.element_size()))
         return call(*arguments, **options)
     return counted
 for name in ("all_reduce", "all_gather", "broadcast"):
@@ -118,15 +150,15 @@ def made(run_of, case, noise, batch_size, ranks):
         num_examples=40, batch_size=batch_size, epochs=epochs, delta=1e-3, clip_norm=0.5, noise_multiplier=2.0
     )
     options = {name: value() if name == "adaptive" else value for name, value in CASES[case].items()}
-    dealt_out = options.pop("dealt_out", False) and ranks.count > 1
+    strategy = options.pop("dealt_out", None)
     checkpointing = options.pop("checkpointing", False)
     run = run_of(plan, ranks=ranks, microbatch_size=3, **options)
     if checkpointing:
         turn_on_checkpointing(getattr(run.method.model, "base_model", run.method.model))
-    if dealt_out:
-        run.batches.level = True
+    if strategy and ranks.count > 1:
         device = torch.device("cpu")
-        put_in_place(run.method, ROWS[:4], device, partial(deal_out, device=device, ranks=ranks.count))
+        put_in_place(run.method, ROWS[:4], device, Dealer(strategy, device, ranks.count, offload=case in OFFLOADED))
+        run.batches.level = run.method.level
     run.recorder.looks = True
     run.key_of_weights, run.method._fingerprint = run.method._fingerprint, lambda: "00" * 32
     if not noise:
@@ -210,9 +242,10 @@ def test_uneven_and_empty_draws_hang_nothing(case, on_two):
     assert all(torch.equal(weights[-1][name], others[-1][name]) for name in weights[-1])
 
 
-def test_all_parts_key_the_noise(on_two):
+@pytest.mark.parametrize("case", ["dp_full, dealt out", "dp_full, zero2", "dp_full, zero3"])
+def test_all_parts_key_the_noise(case, on_two):
     """PRIVACY 35: ranks name weights of which each holds a part by one name, which no other weights have."""
-    (*_, (before, after)), (*_, of_the_other) = on_two("dp_full, dealt out", False, 8)
+    (*_, (before, after)), (*_, of_the_other) = on_two(case, False, 8)
     assert [before, after] == of_the_other
     assert before != after
 
@@ -255,7 +288,7 @@ def test_a_rank_gives_its_share_before_it_stops(kind, make_run):
 def test_no_rank_makes_a_proof_of_its_own_after_the_preflight(make_run):
     """The others make no such passes, and would wait for ever."""
     run = made(make_run, "dp_bitfit", True, 8, ALONE)
-    run.method.dealt = SimpleNamespace(wholes={})
+    run.method.dealt = SimpleNamespace(wholes={}, copied={}, level=True)
     close_layouts(run.method)
     with pytest.raises(UserError, match="where the pre-flight saw none"):
         run.method.query(run.batches[0])

@@ -1,4 +1,4 @@
-"""Weights dealt out to two real processes (FSDP2). Sums and weights: tests/methods/test_ranks.py."""
+"""Weights dealt out to two real processes (FSDP2, ZeRO). Sums and weights: tests/methods/test_ranks.py."""
 
 import json
 from contextlib import nullcontext
@@ -12,13 +12,14 @@ from privzoo.errors import UserError
 from privzoo.methods.dealing import check_parts, refuse_parts
 from privzoo.privacy.clipping import BookKeeping, Loop
 from privzoo.privacy.ranks import ALONE
-from privzoo.privacy.sharding import deal_out, part_like, whole
+from privzoo.privacy.sharding import DealtOut, part_like, whole
+from privzoo.privacy.strategies import Dealer
 from privzoo.saving import whole_state
 
 SCRIPT = """
 import json, torch, transformers as hf
 from peft import LoraConfig, get_peft_model
-from privzoo.privacy.sharding import deal_out
+from privzoo.privacy.strategies import Dealer
 from privzoo.saving import whole_state
 from privzoo.privacy.noise import fingerprint
 from privzoo.privacy.ranks import held_here, join_ranks, leave_ranks
@@ -35,14 +36,17 @@ if {adapter}:
 trained = {{n: p for n, p in model.named_parameters() if {trained}}}
 for name, parameter in model.named_parameters():
     parameter.requires_grad_(name in trained)
-dealt = deal_out(model, trained, {whole}, torch.device("cpu"), ranks.count)
+sizes = {{n: p.numel() for n, p in model.named_parameters()}}
+dealt = Dealer({strategy!r}, torch.device("cpu"), ranks.count)(model, trained)
 after = model.generate(input_ids=prompt, **options).tolist()
-shared = [p for n, p in model.named_parameters() if n not in trained or not {whole}]
-state = whole_state(model)
+shared = [(n, p) for n, p in model.named_parameters() if n not in trained or not {whole}]
+state = whole_state(model, dealt)
 found = dict(
-    same_text=before == after, held=sum(held_here(p).numel() for p in shared), of=sum(p.numel() for p in shared),
-    trained_whole=all(held_here(p) is p for n, p in model.named_parameters() if n in trained),
-    wholes=sorted(dealt.wholes) == sorted(trained), put_together=state and fingerprint(state.items()) == whole,
+    same_text=before == after, held=sum(held_here(dealt.here(p)).numel() for n, p in shared),
+    of=sum(sizes[n] for n, p in shared),
+    trained_whole=all(held_here(dealt.here(p)) is p for n, p in model.named_parameters() if n in trained),
+    wholes=sorted(dealt.wholes) == sorted(trained), put_together=fingerprint(state.items()) == whole,
+    those_trained=sorted(state) == sorted(trained),
 )
 with open(f"{out}/{{ranks.rank}}", "w") as file:
     json.dump(found, file)
@@ -50,12 +54,21 @@ leave_ranks()
 """
 
 
-@pytest.mark.parametrize(("trained", "whole"), [("adapter", True), ("biases", True), ("all", False)])
-def test_each_rank_holds_a_part(trained, whole, privzoo, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "trained", "whole"),
+    [
+        ("fsdp", "adapter", True),
+        ("fsdp", "biases", True),
+        ("fsdp", "all", False),
+        ("zero3", "adapter", False),
+        ("zero3", "all", False),
+    ],
+)
+def test_each_rank_holds_a_part(strategy, trained, whole, privzoo, tmp_path):
     """What a model says is the same; about half of the values lie on each rank, and what is trained on both where it stays
     whole; put together they are what was dealt out."""
     adapter, names = trained == "adapter", {"adapter": '"lora" in n', "biases": 'n.endswith("bias")', "all": "True"}
-    script = SCRIPT.format(adapter=adapter, trained=names[trained], whole=whole, out=tmp_path)
+    script = SCRIPT.format(strategy=strategy, adapter=adapter, trained=names[trained], whole=whole, out=tmp_path)
     code, output = privzoo(script=script, ranks=2)
     assert code == 0, output
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
@@ -64,7 +77,7 @@ def test_each_rank_holds_a_part(trained, whole, privzoo, tmp_path):
         assert each["trained_whole"] is whole
         assert each["wholes"] is not whole
         assert each["held"] < 0.6 * each["of"]
-        assert each["put_together"] is (None if adapter else True)
+        assert each["those_trained"] if adapter else each["put_together"]
     assert sum(each["held"] for each in found) >= found[0]["of"]
 
 
@@ -73,7 +86,7 @@ def test_what_cannot_be_dealt_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].weight = nn.Parameter(torch.zeros(64, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match="cannot deal out what is trained beside quantised weights"):
-        deal_out(model, {"1.bias": model[1].bias}, False, torch.device("cpu"), 2)
+        Dealer("fsdp", torch.device("cpu"), 2)(model, dict(model.named_parameters()))
 
 
 def test_what_needs_the_whole_model_at_once():
@@ -89,10 +102,10 @@ def test_what_needs_the_whole_model_at_once():
         (derives, 1, r"others are made of \(weight#0\)"),
     ):
         with pytest.raises(UserError, match=message):
-            refuse_parts(engine, phases, True)
-    refuse_parts(fine, 1, True)
+            refuse_parts("zero2", engine, phases, True)
+    refuse_parts("fsdp", fine, 1, True)
     for engine in (None, fine, by_layer, derives):
-        refuse_parts(engine, 2, False)
+        refuse_parts("fsdp", engine, 2, False)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +136,5 @@ def test_what_is_whole_stays_what_it_is():
 
 def test_the_state_of_a_whole_model():
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1, n_positions=4))
-    state = whole_state(model)
+    state = whole_state(model, DealtOut(model, None))
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())

@@ -2,8 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.contents import pack, unpack
-from privzoo.methods.optimizers import has_modes, make_optimizer
+from privzoo.methods.optimizers import has_modes, make_optimizer, refuse_by_shape
 from privzoo.methods.rows import refuse_other_contract, require_loss_per_row, that_fits, unit_of_row
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
@@ -92,6 +92,7 @@ class PrivateMethod(LightningModule):
         self.model, self.new_head = adapter(model, new_head) if adapter else (model, new_head)
         self.task = task
         self.mechanism = mechanism
+        self.dealt: DealtOut | None = None
         self.dropout = DropoutByExample(self.model, mechanism.key, mechanism.digest)
         phases = phases or [{}] * len(mechanism.plan.phases)
         if len(phases) != len(mechanism.plan.phases):
@@ -110,7 +111,6 @@ class PrivateMethod(LightningModule):
         self.weights = ""
         self.private_metrics: dict[str, float] = {}
         self.ranks = ranks
-        self.dealt: DealtOut | None = None
         self.stop_requested = False
 
     # ---- one release
@@ -124,7 +124,9 @@ class PrivateMethod(LightningModule):
             self.start_phase(setting.phase)
             self.forget_moments()
         # A query is not asked again where other ranks would have to go along, or if one that broke off leaves traces.
-        sums = that_fits(self.query, batch, again=self.asks_again and not self.dealt_out)
+        sums = that_fits(self.query, batch, again=self.asks_again and not self.level)
+        if self.dealt is not None:
+            sums = self.dealt.divided(sums)
         self.ranks.add_up(sums)
         # ---- private data end here ----
         self.mechanism.release(sums, batch.release, self.weights, self.parts(batch.release))
@@ -157,8 +159,8 @@ class PrivateMethod(LightningModule):
         Of what is dealt out it is this rank's part. A method that trains most weights can be dealt out if it says this.
         """
         raise UserError(
-            f"trainer.strategy=fsdp cannot deal out what {type(self).__name__} trains, which is most of the model: nothing "
-            "shows that it would be as before; take trainer.strategy=replicas."
+            f"trainer.strategy cannot deal out what {type(self).__name__} trains: nothing shows that it would be as before; "
+            "take trainer.strategy=replicas."
         )
 
     @abstractmethod
@@ -192,8 +194,13 @@ class PrivateMethod(LightningModule):
 
     @property
     def dealt_out(self) -> bool:
-        """Whether each rank holds a part of the model, so that all ranks make all passes together."""
+        """Whether each rank holds a part of the model or of its update, so that all ranks score and save together."""
         return self.dealt is not None
+
+    @property
+    def level(self) -> bool:
+        """Whether all ranks have to make the same passes."""
+        return self.dealt is not None and self.dealt.level
 
     def take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Train these in the place of those that they were before, by name; no optimizer has been made yet."""
@@ -204,13 +211,15 @@ class PrivateMethod(LightningModule):
     def fingerprint_of_the_rest(self) -> str:
         """SHA-256 of all parameters that no phase trains, and of all buffers: the same at the end as at the beginning. Of
         dealt-out ones it is of this rank's part."""
-        rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.trainable)
+        here = self.dealt.here if self.dealt else lambda parameter: parameter
+        rest = ((name, here(p)) for name, p in self.model.named_parameters() if name not in self.trainable)
         return fingerprint([*rest, *self.model.named_buffers()])
 
     def start_phase(self, number: int) -> None:
         """Let the parameters of this phase learn, and no others."""
         for name, parameter in self.trainable.items():
-            parameter.requires_grad_(name in self.trained_in[number])
+            for each in (parameter, self.dealt.copied.get(name, parameter)) if self.dealt else (parameter,):
+                each.requires_grad_(name in self.trained_in[number])
 
     def forget_moments(self) -> None:
         """Between phases: they are of gradients of other parameters, clipped otherwise."""
@@ -222,6 +231,8 @@ class PrivateMethod(LightningModule):
         optimizer.step()
         if self.average is not None:
             self.average.update(self.trainable)
+        if self.dealt is not None:
+            self.dealt.spread()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.weights = self._fingerprint()
@@ -230,7 +241,8 @@ class PrivateMethod(LightningModule):
         """Of the weights, and of the method's own state (a clip norm that adapts): what the next sum is taken at. No sum is
         taken at an average."""
         own = [(name, value) for name, value in self._own_state().items() if not name.startswith("average.")]
-        items = [*self.trainable.items(), *own, *self._exact_copies()]
+        copied = self.dealt.copied if self.dealt else {}
+        items = [*(self.trainable | copied).items(), *own, *self._exact_copies()]
         parts = [(name, value) for name, value in items if held_here(value) is not value]
         alike = fingerprint((name, value) for name, value in items if held_here(value) is value)
         return self.ranks.together(alike, fingerprint(parts)) if parts else alike
@@ -244,9 +256,14 @@ class PrivateMethod(LightningModule):
         parts = [part.state_dict(prefix=f"{name}.") for name, part in self.named_children() if part is not self.model]
         return {name: value for part in parts for name, value in part.items()}
 
-    def published(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def published(self) -> Iterator[None]:
         """Meanwhile the model holds the weights that are scored and saved, see `weights_to_publish`."""
-        return weights_to_publish(self.trainable, self.made, self.average)
+        spread = self.dealt.spread if self.dealt else lambda: None
+        with weights_to_publish(self.trainable, self.made, self.average):
+            spread()
+            yield
+        spread()
 
     def _optimizer(self) -> Any:
         optimizer = self.optimizers()
@@ -278,6 +295,8 @@ class PrivateMethod(LightningModule):
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of a fit."""
         phases = len(self.mechanism.plan.phases)
+        if self.dealt is not None and self.dealt.flat:
+            refuse_by_shape(self.make_optimizer, self.lr.highest[0])
         self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lr.highest[0], phases)
         if self.average is not None and has_modes(self.made):
             raise UserError(f"{type(self.made).__name__} averages the weights already: leave method.average=null.")
@@ -313,11 +332,11 @@ class PrivateMethod(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's, on every rank; the first one writes."""
         wanted = {f"model.{name}" for name in self.trainable} | self._own_state().keys()
-        pack(checkpoint, wanted, self._fingerprint(), self.mechanism.key)
+        pack(checkpoint, wanted, self._fingerprint(), self.mechanism.key, self.dealt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError unless the checkpoint holds exactly what this method trains, in the same groups."""
         now = {f"model.{name}": parameter for name, parameter in self.trainable.items()} | self._own_state()
-        unpack(checkpoint, now, self._parameter_groups())
+        unpack(checkpoint, now, self._parameter_groups(), self.dealt)
         if self.made is None and has_modes(self.new_optimizer()):  # a run that is over is scored without training again
             self.made.load_state_dict(checkpoint["optimizer_states"][0])  # type: ignore[attr-defined]

@@ -8,11 +8,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from privzoo.errors import UserError
 from privzoo.privacy.noise import fingerprint
-from privzoo.privacy.sharding import part_like, whole
+from privzoo.privacy.sharding import DealtOut, part_like, whole
 from privzoo.privacy.streams import RunKey
 
 
-def pack(checkpoint: dict[str, Any], wanted: set[str], weights: str, key: RunKey) -> None:
+def pack(checkpoint: dict[str, Any], wanted: set[str], weights: str, key: RunKey, dealt: DealtOut | None) -> None:
     """Leave out what a method does not train, put together what is dealt out to ranks, and seal the rest; in place.
 
     Args:
@@ -20,19 +20,28 @@ def pack(checkpoint: dict[str, Any], wanted: set[str], weights: str, key: RunKey
         wanted: names of the state that is kept.
         weights: fingerprint of what the next release is taken at.
         key: the run's secret.
+        dealt: of a method whose model is dealt out.
     """
-    checkpoint["state_dict"] = {name: whole(v) for name, v in checkpoint["state_dict"].items() if name in wanted}
+    state = checkpoint["state_dict"]
+    if dealt is not None:
+        state |= {f"model.{name}": dealt.whole_of(name) for name in dealt.parts}
+    checkpoint["state_dict"] = {name: whole(value) for name, value in state.items() if name in wanted}
     checkpoint["optimizer_states"] = tree_map(whole, checkpoint["optimizer_states"])
     checkpoint["weights"] = weights
     checkpoint["seal"] = seal_of(checkpoint, key)
 
 
-def unpack(checkpoint: dict[str, Any], now: Mapping[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+def unpack(
+    checkpoint: dict[str, Any], now: Mapping[str, Tensor], groups: Sequence[Mapping[str, Any]], dealt: DealtOut | None
+) -> None:
     """Make a checkpoint fit the method as it stands: what is dealt out to ranks there is dealt out here; in place.
+
+    Trained weights that are dealt out are loaded at once, and taken out of it: modules may hold nothing between passes.
 
     Args:
         now: the state that the method keeps.
         groups: of its optimizer's parameters.
+        dealt: of a method whose model is dealt out.
     Raises:
         UserError: unless the checkpoint holds exactly what the method keeps, in the same groups.
     """
@@ -46,11 +55,21 @@ def unpack(checkpoint: dict[str, Any], now: Mapping[str, Tensor], groups: Sequen
         len(group["params"]) for group in groups
     ]:
         raise UserError("The checkpoint's optimizer has other groups of parameters: another version made it; start again.")
-    checkpoint["state_dict"] = {name: part_like(value, now[name]) for name, value in held.items()}
+    if dealt is not None and (dealt.flat or dealt.wholes):
+        for name in dealt.parts:
+            dealt.put(name, held.pop(f"model.{name}"))
+    checkpoint["state_dict"] = {name: _as_it_lies(value, now[name]) for name, value in held.items()}
     parameters = [parameter for group in groups for parameter in group["params"]]
     states = checkpoint["optimizer_states"][0]["state"]
     for number, state in states.items():
-        states[number] = {name: part_like(value, parameters[number]) for name, value in state.items()}
+        states[number] = {name: _as_it_lies(value, parameters[number]) for name, value in state.items()}
+
+
+def _as_it_lies(value: Any, like: Tensor) -> Any:
+    """What is of a parameter, in its shape (another strategy may lay it out flat) and dealt out as it is."""
+    if isinstance(value, Tensor) and value.dim() == 1 and value.numel() == like.numel():
+        value = value.reshape(like.shape)
+    return part_like(value, like)
 
 
 def seal_of(checkpoint: dict[str, Any], key: RunKey) -> str:

@@ -1,6 +1,6 @@
 """A method is tried and brought to its device, whole or with its model dealt out to ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,38 +10,44 @@ from privzoo.errors import UserError
 from privzoo.methods.base import PrivateMethod
 from privzoo.privacy.preflight import gates_open, tolerances
 from privzoo.privacy.ranks import Ranks, held_here
-from privzoo.privacy.sharding import DealtOut, part_like
+from privzoo.privacy.sharding import part_like
+from privzoo.privacy.strategies import Dealer
 
 FLOOR = 1e-2  # of the largest value of any parameter: smaller ones may be 0 but for rounding
 
 
-def put_in_place(
-    method: PrivateMethod, rows: Sequence[Any], device: torch.device, dealer: Callable[..., DealtOut] | None = None
-) -> None:
+def put_in_place(method: PrivateMethod, rows: Sequence[Any], device: torch.device, dealer: Dealer | None = None) -> None:
     """Make the pre-flight, and bring the method to its device.
 
-    With a dealer the frozen weights are dealt out to ranks, and if they are the fewer, those that are trained, too. Then the
-    pre-flight comes first, where the model was loaded, as the definition needs whole gradients; and what the method makes of
-    the parts is compared with what it made of the whole.
+    With a dealer weights are dealt out to ranks. If trained ones are, the pre-flight comes first, as the definition needs
+    whole gradients, where the model was loaded if the device may be too small for it; and what the method makes of the parts
+    is compared with what it made of the whole.
 
     Args:
         rows: encoded examples, the same on every rank.
-        dealer: partial of `privzoo.privacy.sharding.deal_out`.
+        device: where this rank computes.
+        dealer: None: every rank holds the whole model.
     Raises:
         UserError: for what the pre-flight finds, and for a method that cannot do with parts.
         RuntimeError: if these differ.
     """
     method.train()
-    if dealer is not None and trains_most(method):
-        _refuse_parts(method)
+    if dealer is not None and dealer.deals_out_trained(method.model, method.trainable):
+        _refuse_parts(method, dealer)
+        if dealer.keeps_weights_whole:
+            method.to(device)
         method.preflight(rows)
-        _refuse_parts(method)  # once more, with what it has shown
-        with gates_open(method.model):
+        _refuse_parts(method, dealer)  # once more, with what it has shown
+        with gates_open(method.active):
             alone, tolerance = method.trial(rows), max(tolerances(method.model))
         deal_out(method, dealer)
         method.to(device)
-        with gates_open(method.model):
+        close_layouts(method)
+        assert method.dealt is not None
+        with gates_open(method.active):
+            method.dealt.spread()
             check_parts(method.trial(rows), alone, tolerance, method.ranks)
+        method.dealt.spread()
         return
     if dealer is not None:
         deal_out(method, dealer)
@@ -50,44 +56,39 @@ def put_in_place(
     close_layouts(method)
 
 
-def trains_most(method: PrivateMethod) -> bool:
-    """Whether more values are trained than frozen."""
-    return 2 * sum(p.numel() for p in method.trainable.values()) > sum(p.numel() for p in method.model.parameters())
-
-
-def deal_out(method: PrivateMethod, dealer: Callable[..., DealtOut]) -> None:
-    """Let a dealer give each rank a part of the frozen weights, and of those that are trained if they are the most.
-
-    Trained ones are dealt out after the pre-flight; their layouts are closed, see `close_layouts`.
+def deal_out(method: PrivateMethod, dealer: Dealer) -> None:
+    """Let a dealer give each rank its part of the model, which the method trains from now on.
 
     Raises:
         UserError: for a method that cannot do with parts.
     """
-    _refuse_parts(method)
-    of_trained = trains_most(method)
-    method.dealt = dealer(method.model, method.trainable, whole=not of_trained)
-    method.take_over(dict(method.model.named_parameters()))
+    _refuse_parts(method, dealer)
+    method.dealt = dealer(method.model, method.trainable)
+    method.take_over(method.dealt.parts)
     engine: Any = getattr(method, "engine", None)
-    if of_trained and engine is not None:
+    if method.dealt.wholes and engine is not None:
         engine.dealt = method.dealt
-        close_layouts(method)
 
 
 def close_layouts(method: PrivateMethod) -> None:
     """After the pre-flight, which every rank has made with the same rows: no rank makes passes of its own."""
     engine = getattr(method, "engine", None)
-    if method.dealt_out and engine is not None:
+    if method.level and engine is not None:
         engine.layouts.closed = True
 
 
-def _refuse_parts(method: PrivateMethod) -> None:
-    refuse_parts(getattr(method, "engine", None), len(method.trained_in), trains_most(method))
+def _refuse_parts(method: PrivateMethod, dealer: Dealer) -> None:
+    of_trained = dealer.deals_out_trained(method.model, method.trainable)
+    if dealer.strategy == "zero1":
+        return  # engines see nothing of it
+    refuse_parts(dealer.strategy, getattr(method, "engine", None), len(method.trained_in), of_trained)
 
 
-def refuse_parts(engine: Any, phases: int, of_trained: bool) -> None:
+def refuse_parts(strategy: str, engine: Any, phases: int, of_trained: bool) -> None:
     """Refuse what would need the whole model at once.
 
     Args:
+        strategy: of `trainer.strategy`.
         engine: of a first-order method; None: the method has none.
         phases: how many it trains in.
         of_trained: whether what is trained would be dealt out, too.
@@ -96,8 +97,8 @@ def refuse_parts(engine: Any, phases: int, of_trained: bool) -> None:
     """
     if engine is not None and not getattr(engine, "even_passes", False):
         raise UserError(
-            f"trainer.strategy=fsdp needs the same passes on every rank, and those of {type(engine).__name__} hang on the "
-            "rows: take BookKeeping."
+            f"trainer.strategy={strategy} needs the same passes on every rank, and those of {type(engine).__name__} hang on "
+            "the rows: take BookKeeping."
         )
     if not of_trained:
         return
@@ -112,8 +113,8 @@ def refuse_parts(engine: Any, phases: int, of_trained: bool) -> None:
     else:
         return
     raise UserError(
-        f"trainer.strategy=fsdp cannot deal out {found}: take trainer.strategy=replicas, or a method that trains less, such "
-        "as dp_lora."
+        f"trainer.strategy={strategy} cannot deal out {found}: take trainer.strategy=replicas, or a method that trains "
+        "less, such as dp_lora."
     )
 
 

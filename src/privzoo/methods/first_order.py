@@ -74,7 +74,8 @@ class FirstOrder(PrivateMethod):
         if losses:
             self.private_metrics["private/loss"] = float(torch.cat(losses).mean())
         active = self.active
-        sums |= zero_sums({name: p for name, p in active.items() if name not in sums})
+        copied = self.dealt.copied if self.dealt and not self.dealt.wholes else {}
+        sums |= zero_sums({name: copied.get(name, p) for name, p in active.items() if name not in sums})
         count = {} if self.adaptive is None else {COUNT: self.adaptive.count(norms, setting)}
         return {name: sums[name] for name in active} | count
 

@@ -51,6 +51,29 @@ def make_optimizer(
     return optimizer
 
 
+def refuse_by_shape(make: Callable[..., torch.optim.Optimizer], lr: float) -> None:
+    """Refuse an optimizer that treats a matrix otherwise than its values laid out flat, of which each rank holds a range.
+
+    Raises:
+        UserError: naming it.
+    """
+    stream = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(24, generator=stream) for _ in range(2)]
+    moved: list[torch.Tensor] = []
+    for shape in ((4, 6), (24,)):
+        parameter = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 24).view(shape))
+        optimizer = make_optimizer(make, [{"params": [parameter], "lr": lr}], lr)
+        for gradient in gradients:
+            parameter.grad = gradient.view(shape).clone()
+            optimizer.step()
+        moved.append(parameter.detach().view(-1))
+    if not torch.allclose(moved[0], moved[1], rtol=1e-5, atol=1e-7):
+        raise UserError(
+            f"{type(optimizer).__name__} looks at the shape of what it trains, of which this trainer.strategy deals out "
+            "flat ranges: take trainer.strategy=fsdp or replicas, or torch.optim.AdamW."
+        )
+
+
 def has_modes(optimizer: Any) -> bool:
     """Whether it trains at one point and is scored at another (schedule-free)."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))

@@ -1,7 +1,7 @@
 """Checks before the first release: engine and losses are right on this very model, and no example influences another."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_engine(
     check_function(getattr(engine, "clipping", FLAT))
     together = [rows[i] for i in range(min(4, len(rows)))]
     losses = _leaving_weights_alone(model, losses)
-    with _sound(model), gates_open(model):
+    with _sound(model), gates_open(trainable_parameters(model)):
         _compare_with_loop(engine, model, losses, together, collate, clip_norm)
     _refuse_unused(model, losses(collate(together)))
 
@@ -70,7 +70,7 @@ def check_units(
     together = [rows[i] for i in range(min(4, len(rows)))]
     units = torch.arange(len(together), device=next(model.parameters()).device) // 2
     loop, sums, norms = _loop_like(engine, model), None, []
-    with gates_open(model):
+    with gates_open(trainable_parameters(model)):
         found = engine(lambda: losses(collate(together)), clip_norm=clip_norm, unit_of_row=units)
         for pair in (together[i : i + 2] for i in range(0, len(together), 2)):
             alone = loop(lambda pair=pair: losses(collate(pair)), clip_norm, units[: len(pair)] * 0, sums)  # type: ignore[misc]
@@ -109,7 +109,7 @@ def check_losses(
     losses = _leaving_weights_alone(model, losses)
     with _sound(model), torch.no_grad():
         before = _compare_with_rows_alone(model, losses, together, collate, allowed)
-        with gates_open(model), _nudged(model):
+        with gates_open(trainable_parameters(model)), _nudged(model):
             torch.clear_autocast_cache()
             nudged = _compare_with_rows_alone(model, losses, together, collate, allowed)
     torch.clear_autocast_cache()  # copies of nudged weights
@@ -145,11 +145,11 @@ def _leaving_weights_alone(model: nn.Module, losses: Callable[[MicroBatch], Tens
 
 
 @contextmanager
-def gates_open(model: nn.Module) -> Iterator[None]:
+def gates_open(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gives trainable tensors that are (nearly) 0 random values meanwhile: a gate, LoRA matrix or head that starts from 0
     stops every gradient behind it, and an engine that is wrong there would be found right."""
     generator = torch.Generator().manual_seed(0)
-    shut = [p for p in trainable_parameters(model).values() if float(whole(p.detach()).abs().max()) < 1e-2]
+    shut = [p for p in parameters.values() if float(whole(p.detach()).abs().max()) < 1e-2]
     kept = [p.detach().clone() for p in shut]
     for parameter in shut:
         drawn = 0.1 * torch.randn(parameter.shape, generator=generator)

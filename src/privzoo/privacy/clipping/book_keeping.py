@@ -76,7 +76,8 @@ class BookKeeping:
         groups = None
         if self.groups != "all":
             groups = grouping(parameters, self.groups, clip_norm, self.clipping, self.shares)
-        losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums)
+        shapes = None if self.dealt is None else self.dealt.shapes
+        losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums, shapes=shapes)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             if isinstance(book, GroupedBook):
                 norms = book.finish()
@@ -102,12 +103,14 @@ def gradients(
     norms_only: bool = False,
     groups: Grouping | None = None,
     sums: dict[str, Tensor] | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> tuple[Tensor, Book | GroupedBook]:
     """Run `forward` and a backward pass; returns the losses (R,), detached, and the book of all gradients.
 
     Args:
         norms_only: the book is for `squared_norms` alone, and forgets what it has measured.
         groups: each is clipped as it arrives, and added to `sums`.
+        shapes: of parameters that have none between passes; None: they have their own.
     Raises:
         UnsupportedUse: if a trainable parameter is used in a way that is not known here.
     """
@@ -121,11 +124,12 @@ def gradients(
         units, count = checked_units(losses, unit_of_row)
         if seen.needs_rows and seen.rows != len(losses):
             raise UnsupportedUse(f"Expected {len(losses)} rows (one a loss) at the first operation, found {seen.rows}.")
-        shapes = {n: (p.shape, sum_dtype(p)) for n, p in (*parameters.items(), *seen.derived.items())}
+        known = shapes or {}
+        all_shapes = {n: (known.get(n, p.shape), sum_dtype(p)) for n, p in (*parameters.items(), *seen.derived.items())}
         units = units if unit_of_row is not None else None
 
         def part() -> Book:
-            return Book(shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
+            return Book(all_shapes, len(losses), units, count, losses.device, norms_only, seen.used_once())
 
         def fresh_book(for_good: bool) -> Book | GroupedBook:
             if groups is None or sums is None:

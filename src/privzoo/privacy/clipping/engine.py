@@ -19,9 +19,11 @@ class Dealt(Protocol):
 
     Attributes:
         wholes: what modules use in a pass, by name of the parameter; the same objects in every pass.
+        shapes: of them, in a pass.
     """
 
     wholes: dict[str, nn.Parameter]
+    shapes: dict[str, torch.Size]
 
     def add(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         """Add up a clipped sum over all processes; each keeps its part in `sums`."""

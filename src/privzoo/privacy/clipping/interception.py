@@ -103,8 +103,11 @@ class Interception(TorchFunctionMode):
         return self.names.get(id(value))
 
     def free(self, value: Any) -> Any:
-        """The tensor without its graph, if it is a parameter or derived from some."""
-        return value.detach() if id(value) in self.names else value
+        """The tensor without its graph, if it is a parameter or derived from some.
+
+        One that autograd leaves alone goes as it is: another tensor would keep its values where they are let go in between.
+        """
+        return value.detach() if id(value) in self.names and value.requires_grad else value
 
     def tap(
         self, output: Tensor, names: list[str | None], collect: Collect, *saved: Tensor, layouts: Sequence[str] = LAYOUTS
