@@ -155,19 +155,27 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "method"),
+    ("strategy", "task", "method"),
     [
-        ("toy_text", "dp_bitfit"),
-        ("toy_text", "dp_full"),
-        pytest.param("toy_lm", "dp_qlora", marks=pytest.mark.sweep),
-        pytest.param("toy_lm", "dp_lora", marks=pytest.mark.sweep),
-        pytest.param("toy_lm", "dp_full", marks=pytest.mark.sweep),  # its output layer is its table
-        pytest.param("toy_text", "dpzero", marks=pytest.mark.sweep),
+        ("fsdp", "toy_text", "dp_bitfit"),
+        ("zero3", "toy_text", "dp_full"),
+        pytest.param("fsdp", "toy_text", "dp_full", marks=pytest.mark.sweep),
+        pytest.param("fsdp", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
+        pytest.param("fsdp", "toy_lm", "dp_lora", marks=pytest.mark.sweep),
+        pytest.param("fsdp", "toy_lm", "dp_full", marks=pytest.mark.sweep),  # its output layer is its table
+        pytest.param("fsdp", "toy_text", "dpzero", marks=pytest.mark.sweep),
+        pytest.param("zero1", "toy_text", "dp_bitfit", marks=pytest.mark.sweep),
+        pytest.param("zero2", "toy_text", "dp_full", marks=pytest.mark.sweep),
+        pytest.param("zero2", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
+        pytest.param("zero2", "toy_text", "dpzero", marks=pytest.mark.sweep),  # of which nothing is dealt out
+        pytest.param("zero3", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
+        pytest.param("zero3", "toy_lm", "dp_full", marks=pytest.mark.sweep),
+        pytest.param("zero3", "toy_text", "dpzero", marks=pytest.mark.sweep),
     ],
 )
-def test_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_path):
+def test_weights_are_dealt_out(strategy, task, method, privzoo_on_few_rows, tmp_path):
     """Trained, scored and saved by both ranks together; another program loads them, the frozen ones as they were before."""
-    given = (f"task={task}", f"method={method}", "eps=8", "trainer.devices=2", "trainer.strategy=fsdp", "epochs=0.3",
+    given = (f"task={task}", f"method={method}", "eps=8", "trainer.devices=2", f"trainer.strategy={strategy}", "epochs=0.3",
              "batch_size=100", "trainer.accelerator=cpu", "trainer.progress=false", "trainer.validate_every=2")  # fmt: skip
     code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}")
     assert code == 0, output
@@ -185,9 +193,11 @@ def test_weights_are_dealt_out(task, method, privzoo_on_few_rows, tmp_path):
         }
 
 
-def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(privzoo_on_few_rows, tmp_path):
+@pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(each, marks=pytest.mark.sweep) for each in ("fsdp", "zero2"))])
+def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(strategy, privzoo_on_few_rows, tmp_path):
     """PRIVACY 35: weights and moments of both ranks lie in one checkpoint, whole, and come back to the same bits."""
-    given = (*SEEDED, "trainer.strategy=fsdp", "method.average={_target_:privzoo.methods.average.ExponentialAverage}")
+    average = "method.average={_target_:privzoo.methods.average.ExponentialAverage}"
+    given = (*SEEDED, f"trainer.strategy={strategy}", average)
     code, output = privzoo_on_few_rows(*given, f"output_dir={tmp_path}/whole")
     assert code == 0, output
     kill = {"at": "draw rows", "count": 4, "when": "before"}
@@ -203,15 +213,44 @@ def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(privzoo_on_few_rows
     assert weights_of(folder) == weights_of(straight)
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize(("before", "after"), [("zero3", "replicas"), ("replicas", "zero3"), ("fsdp", "zero2")])
+def test_a_run_goes_on_with_another_strategy(before, after, privzoo_on_few_rows, tmp_path):
+    """What it lost it pays again: other sums at the same weights must have other noise. Moments fit, flat or not."""
+    given = (*SEEDED, f"trainer.strategy={before}", f"output_dir={tmp_path}")
+    code, output = privzoo_on_few_rows(*given, kill={"at": "draw rows", "count": 4, "when": "before"}, kill_rank=1)
+    assert code == 1, output
+    (folder,) = tmp_path.iterdir()
+    start, lost = torch.load(folder / "last.ckpt", weights_only=True)["global_step"], ledger_of(folder)[-1]
+    assert start == 2
+    other = (f"trainer.strategy={after}", "trainer.devices=2")
+    code, output = privzoo_on_few_rows(f"resume={folder}", *other, "trainer.progress=false")
+    assert code == 0, output
+    lines = ledger_of(folder)
+    of_lost = [line for line in lines if line["release"] == lost["release"]]
+    assert len({line["digest"] for line in of_lost}) == 2
+    assert (folder / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            [
+                "method=dp_full",
+                "trainer.strategy=zero2",
+                "method.optimizer._target_=torch.optim.Adafactor",
+                "~method.optimizer.fused",
+            ],
+            "Adafactor looks at the shape of what it trains",
+        ),
         (["method=dp_full", "+method.engine.groups=layer"], "cannot deal out gradients that are clipped by layer"),
         (["method=dp_bitfit", "method.engine._target_=privzoo.privacy.clipping.Loop"], "those of Loop hang on the rows"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_told_once(overrides, message, privzoo_on_few_rows, tmp_path):
-    given = ("task=toy_text", "eps=8", "trainer.devices=2", "trainer.strategy=fsdp", "trainer.accelerator=cpu")
+    given = ("task=toy_text", "eps=8", "trainer.devices=2", "trainer.accelerator=cpu")
+    given += () if any("strategy" in each for each in overrides) else ("trainer.strategy=fsdp",)
     code, output = privzoo_on_few_rows(*given, *overrides, f"output_dir={tmp_path}")
     assert code == 2, output
     assert output.count("privzoo: ") == 1

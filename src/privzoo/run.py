@@ -23,7 +23,7 @@ from privzoo.privacy.card import privacy_card
 from privzoo.privacy.ledger import Ledger, Replica
 from privzoo.privacy.noise import NoiseMechanism
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.ranks import ALONE, Ranks
+from privzoo.privacy.ranks import ALONE, Ranks, telling_who_is_lost
 from privzoo.privacy.replicas import over_ranks
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws, private_loader
 from privzoo.privacy.streams import RunKey
@@ -78,7 +78,8 @@ def _units(task: Task) -> str:
 def _together(folder: RunFolder, task: Task, plan: PrivacyPlan, loaded: LoadedModel, ranks: Ranks) -> RunRecord | None:
     """`_train`; no rank ends before the first one has written what there is to write, as who watches them ends them all."""
     try:
-        record = _train(folder, task, plan, loaded, ranks)
+        with telling_who_is_lost():
+            record = _train(folder, task, plan, loaded, ranks)
     except Stopped:
         ranks.from_first("written")
         raise

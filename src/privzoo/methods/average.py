@@ -36,7 +36,8 @@ class ExponentialAverage(nn.Module):
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Begin with nothing averaged yet."""
-        average = AveragedModel(_wide(parameters), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        alone = {name: parameter.detach().clone() for name, parameter in parameters.items()}  # of a view it copies all
+        average = AveragedModel(_wide(alone), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         self.averaged = average.requires_grad_(False)
 
     def update(self, parameters: Mapping[str, Tensor]) -> None:

@@ -192,13 +192,27 @@ class RankLost(RunLost):
 
 
 @contextmanager
+def telling_who_is_lost() -> Iterator[None]:
+    """Where a library exchanges tensors: an error by which it tells that another process has gone becomes `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistError) or any(words in str(error) for words in ("closed by peer", "reset by peer"))
+        if not gone:
+            raise
+        raise _lost(error) from error
+
+
+@contextmanager
 def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of all kinds that torch.distributed has
-        raise RankLost(
-            f"Another process of the run has ended ({first_line(error)}): go on with resume=<run folder>."
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    return RankLost(f"Another process of the run has ended ({first_line(error)}): go on with resume=<run folder>.")
 
 
 def _buckets(values: Any) -> Iterator[list[Tensor]]:
