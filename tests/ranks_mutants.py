@@ -3,7 +3,7 @@
 RANKS, LAUNCH = "tests/privacy/test_ranks.py::test_", "tests/test_launch.py::test_"
 METHODS, CALLBACK = "tests/methods/test_ranks.py::test_", "tests/privacy/test_callback.py::test_"
 RANKS_PY, BASE_PY, CALLBACK_PY = "privacy/ranks.py", "methods/base.py", "privacy/callback.py"
-DIRECTIONS_PY = "methods/directions.py"
+DIRECTIONS_PY, ZERO_PY = "methods/directions.py", "privacy/zero.py"
 PARTS_OF_A_DIRECTION = "tests/methods/test_directions.py::test_parts_of_a_direction_are_the_whole_one"
 PARTS_KEY_THE_NOISE = METHODS + "all_parts_key_the_noise"
 SHARDING_PY, NOISE_PY = "privacy/sharding.py", "privacy/noise.py"
@@ -91,6 +91,30 @@ RANKS_MUTANTS = [
      (METHODS + "two_processes_are_one[dpzero, dealt out]",)),
     ("weights of before an update", "32", SHARDING_PY, "ignored_params=keep, reshard_after_forward=True)",
      "ignored_params=keep)", (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
+    ("ranks keep their own ranges to themselves", "17", ZERO_PY,
+     "self.copied[name].copy_(whole(part).view(self.shapes[name]))", "pass",
+     (METHODS + "two_processes_are_one[dp_full, zero2]",)),
+    ("copies are not looked at", "17", BASE_PY, "(self.trainable | copied).items()", "self.trainable.items()",
+     (METHODS + "copies_that_differ_are_seen",)),
+    ("both ranks move the first range", "17", ZERO_PY, "begins = min(size * rank, numel) if offset is None else offset",
+     "begins = 0", (METHODS + "two_processes_are_one[dp_full, zero2]",)),
+    ("what was gathered for one pass serves the next", "32", ZERO_PY, "model.register_forward_pre_hook",
+     "(lambda *_, **__: None)", (METHODS + "two_processes_are_one[dp_full, zero3]",)),
+    ("a rank's whole sum is its update", "17", BASE_PY, "sums = self.dealt.divided(sums)", "pass",
+     (METHODS + "two_processes_are_one[dp_full, zero1]",)),
+    ("gates stay shut where parts are tried", "33", "methods/dealing.py",
+     "with gates_open(method.active):\n            method.dealt.spread()", "if True:\n            method.dealt.spread()",
+     (METHODS + "two_processes_are_one[dp_lora, zero3]",)),
+    ("frozen parts are not looked at", "32", ZERO_PY, "return held.ds_tensor.data.narrow(0, 0, ",
+     "return held.ds_tensor.data.narrow(0, 0, 0 * ",
+     (SHARDING + "each_rank_holds_a_part[zero3-all-False]",)),
+    ("a checkpoint's weights are left out", "35", "methods/contents.py", 'dealt.put(name, held.pop(f"model.{name}"))',
+     'held.pop(f"model.{name}")', (LAUNCH + "a_run_that_is_dealt_out_goes_on_from_its_checkpoint[zero3]",)),
+    ("an optimizer that looks at shapes", "-", "methods/optimizers.py", "if not torch.allclose(moved[0], moved[1],",
+     "if False and not torch.allclose(moved[0], moved[1],",
+     ("tests/methods/test_optimizers.py::test_what_looks_at_shapes_is_refused_where_ranks_hold_flat_ranges",)),
+    ("a lost rank is told as a bug", "-", RANKS_PY, "if not gone:", "if True:",
+     (RANKS + "a_library_that_tells_of_a_lost_rank",)),
     ("what moved on another rank stands still", "16", CALLBACK_PY, "if all(name in others for others in on_ranks)]", "]",
      (CALLBACK + "what_moved_on_another_rank_has_moved",)),
 ]  # fmt: skip

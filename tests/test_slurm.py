@@ -12,7 +12,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("strategy", "method"), [("replicas", "dp_bitfit"), ("fsdp", "dp_full"), ("fsdp", "dp_lora")])
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        ("replicas", "dp_bitfit"),
+        ("fsdp", "dp_full"),
+        ("fsdp", "dp_lora"),
+        ("zero1", "dp_bitfit"),
+        ("zero2", "dp_full"),
+        ("zero3", "dp_full"),
+        ("zero3", "dp_lora"),
+    ],
+)
 def test_two_tasks_are_one_run(strategy, method, tmp_path):
     """srun starts both processes, which find one another by what it tells them."""
     script = str(REPOSITORY / "slurm" / "ranks.sbatch")

@@ -27,6 +27,7 @@ from privzoo.results import peak_memory_bytes
 from privzoo.surroundings import device_of, quiet_libraries
 
 MICRO_BATCHES = 4  # of a rehearsed release, in the mean
+PASS_S = 20.0  # of a pass over the validation rows, at most
 NOTHING = LogicalBatch(0, ())
 
 
@@ -77,6 +78,7 @@ class Stage:
 
     def _cost(self, size: int, folder: Path) -> Cost:
         self._begin(size)
+        self._pass_over(size)
         self._query(self._longest(size))
         draws = PoissonDraws(self.plan, self.method.mechanism.key, self.method.mechanism.digest)
         batches = PoissonBatches(self.rows, draws, self.task.collate, self.task.length, size)
@@ -97,6 +99,20 @@ class Stage:
         besides = statistics.median(whole - query for whole, query in zip(wholes, queries, strict=True)) + empty
         relative_length = self._mean_length(self.training_rows) / self._mean_length(self.rows)
         return Cost(size, self.rows_per_unit, relative_length, per_row, besides, self._peak())
+
+    @torch.no_grad()
+    def _pass_over(self, size: int) -> None:
+        """Losses of all rows, for some time at most: a run scores the model first, which leaves memory in more pieces. (To
+        score would be to generate answers, with some tasks.)"""
+        collate = self.task.collate
+        order, began = self.task.by_length(self.rows), time.monotonic()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.trainer.precision == "bf16-mixed"):
+            for first in range(0, len(order), size):
+                numbers = order[first : first + size]
+                drawn = [self.rows[number] for number in numbers]
+                self.method.losses(DrawnRows(collate(drawn), len(drawn), 0, numbers))
+                if time.monotonic() - began > PASS_S:
+                    return
 
     def _mean_length(self, rows: Any) -> float:
         return statistics.fmean(self.task.length(rows[number]) for number in range(len(rows)))

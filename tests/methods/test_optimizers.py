@@ -11,7 +11,7 @@ from torch import nn
 from privzoo.errors import UserError
 from privzoo.methods.contents import seal_of
 from privzoo.methods.dp_adam import DPAdamBC
-from privzoo.methods.optimizers import make_optimizer
+from privzoo.methods.optimizers import make_optimizer, refuse_by_shape
 from privzoo.privacy.clipping import AdaptiveClip
 from privzoo.privacy.plan import Phase, PrivacyPlan
 
@@ -40,6 +40,24 @@ OPTIMIZERS = [
     foreign("bitsandbytes.optim.PagedAdamW8bit", min_8bit_size=16),
     foreign("schedulefree.AdamWScheduleFree"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (partial(torch.optim.AdamW, fused=True), None),
+        (partial(torch.optim.SGD, momentum=0.9), None),
+        (DPAdamBC, None),
+        (torch.optim.Adafactor, "Adafactor looks at the shape"),
+        (torch.optim.Muon, "cannot be made"),
+    ],
+)
+def test_what_looks_at_shapes_is_refused_where_ranks_hold_flat_ranges(make, refused):
+    if refused is None:
+        refuse_by_shape(make, 0.1)
+        return
+    with pytest.raises(UserError, match=refused):
+        refuse_by_shape(make, 0.1)
 
 
 def float32_run(make_run, plan, **options):

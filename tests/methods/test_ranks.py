@@ -250,6 +250,17 @@ def test_all_parts_key_the_noise(case, on_two):
     assert before != after
 
 
+def test_copies_that_differ_are_seen(make_run):
+    """PRIVACY 17: where every rank holds all weights and moves a part, the others' parts are looked at, too."""
+    method = made(make_run, "dp_bitfit", True, 8, ALONE).method
+    method.__dict__.pop("_fingerprint")
+    copied = {name: parameter.detach().clone() for name, parameter in method.trainable.items()}
+    method.dealt = SimpleNamespace(copied=copied)
+    before = method._fingerprint()
+    copied[min(copied)].view(-1)[-1] += 1e-6
+    assert method._fingerprint() != before
+
+
 @pytest.mark.parametrize("case", DEALT_OUT)
 def test_fillers_count_for_nothing(case, on_two, make_run):
     """PRIVACY 18: most of these draws are of no or one example, so that one rank makes the passes of the other's."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from privzoo.privacy.plan import PrivacyPlan
-from privzoo.privacy.ranks import Ranks, join_ranks
+from privzoo.privacy.ranks import RankLost, Ranks, join_ranks, telling_who_is_lost
 from privzoo.privacy.sampling import PoissonBatches, PoissonDraws
 from privzoo.privacy.streams import RunKey
 
@@ -32,6 +32,29 @@ def on_two(privzoo, tmp_path):
         return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(count)]
 
     return run
+
+
+def test_a_library_that_tells_of_a_lost_rank(on_two):
+    """In one sentence; an error of another kind stays what it is."""
+    script = """
+from torch.distributed._functional_collectives import all_reduce
+from privzoo.privacy.ranks import telling_who_is_lost
+if not ranks.first:
+    tell()
+    os._exit(0)
+try:
+    with telling_who_is_lost():
+        all_reduce(torch.ones(1 << 20), "sum", [0, 1]).sum().item()
+except Exception as error:
+    tell(kind=type(error).__name__, said=str(error))
+os._exit(0)
+"""
+    found, _ = on_two(script)
+    assert found["kind"] == "RankLost"
+    assert found["said"].startswith("Another process of the run has ended (")
+    with pytest.raises(RuntimeError, match="shapes") as told, telling_who_is_lost():
+        raise RuntimeError("shapes")
+    assert told.type is not RankLost
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -97,6 +97,10 @@ class Zero3(DealtOut):
         parts: dict[str, Any] = dict(trained)
         self.parts = {name: _part(p.ds_tensor.data, p.ds_numel, self.home, offset=0) for name, p in parts.items()}
 
+    def spread(self) -> None:
+        """See `DealtOut.spread`."""
+        self.rest()
+
     def rest(self) -> None:
         """Let go of all that is gathered."""
         parameters: Any = self.model.parameters()
@@ -112,6 +116,7 @@ class Zero3(DealtOut):
 
     def state(self) -> dict[str, Tensor]:
         """See `DealtOut.state`."""
+        self.rest()
         found: dict[str, Tensor] = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             with _gathered(value):
@@ -161,6 +166,8 @@ def _deal_by_deepspeed(model: nn.Module, device: str, offload: bool) -> None:
         zero = {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,  # else what a billion values do not come between is kept from pass to pass
+            "stage3_prefetch_bucket_size": max(p.numel() for p in model.parameters()),
             "memory_efficient_linear": False,  # a layer of its own, which engines would not know
             **({"offload_param": {"device": "cpu", "pin_memory": device != "cpu"}} if offload else {}),
         }
