@@ -1,6 +1,6 @@
 """What each `trainer.strategy` takes of a rank's memory and time: two processes on this machine, gloo, no GPU.
 
-    python bench/ranks.py [steps=4] [width=384] [layers=8] [out=bench/results/ranks-<date>.md]
+    python bench/ranks.py [steps=4] [width=384] [layers=8] [methods=dp_full,…] [strategies=replicas,…] [out=<file>]
 
 A BERT with random weights is trained on toy_text, 64 rows a release, 8 a micro-batch, without privacy (eps=inf: the same
 lines without noise), so that runs are to end at the same weights. That is checked: a row tells how far they are from those
@@ -122,15 +122,17 @@ def main(options: dict[str, str]) -> None:
     steps, width, layers = (int(options.pop(name, default)) for name, default in
                             (("steps", "4"), ("width", "384"), ("layers", "8")))  # fmt: skip
     out = options.pop("out", None)
+    methods, strategies = (options.pop(name, ",".join(all_of)).split(",") for name, all_of in
+                           (("methods", METHODS), ("strategies", STRATEGIES)))  # fmt: skip
     if options:
-        sys.exit(f"bench/ranks.py knows steps, width, layers and out, found {', '.join(options)}.")
+        sys.exit(f"bench/ranks.py knows steps, width, layers, methods, strategies and out, found {', '.join(options)}.")
     lines, first = [], {"seconds": 1.0}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_model(folder / "model", width, layers)
         size = sum(value.nbytes for value in weights(folder / "model").values()) / 2**20
-        for method in METHODS:
-            for strategy in STRATEGIES:
+        for method in methods:
+            for strategy in strategies:
                 if method == "dpzero" and strategy in ("zero1", "zero2"):
                     continue  # they are replicas then
                 found = measured(folder, method, strategy, steps)

@@ -1,7 +1,7 @@
 """A model dealt out to several processes: each holds a part, and with FSDP2 a whole block for as long as it computes."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,10 @@ class DealtOut:
                 stride=total.stride(),
             )  # fmt: skip
         sums[name] = sums[name].add_(total) if name in sums else total
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around the forward pass of an engine."""
+        return nullcontext()
 
     def divided(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums of a release, in parts where they have not been dealt out yet; overwritten. All ranks take part."""

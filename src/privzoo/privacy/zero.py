@@ -94,8 +94,34 @@ class Zero3(DealtOut):
         model.register_forward_pre_hook(lambda *_: self.rest(), prepend=True)
         for parameter in trained.values():
             parameter.requires_grad_(False)  # engines see its uses; autograd would keep what was gathered for a pass
+        self._used: dict[int, list[Any]] = {}  # parameters by the storage in which they were gathered last
+        for module in model.modules():
+            own: list[Any] = list(module.parameters(recurse=False))
+            if own:
+                module.register_forward_pre_hook(lambda *_, own=own: self._note(own))
         parts: dict[str, Any] = dict(trained)
         self.parts = {name: _part(p.ds_tensor.data, p.ds_numel, self.home, offset=0) for name, p in parts.items()}
+
+    def _note(self, gathered: list[Any]) -> None:
+        for parameter in gathered:
+            self._used.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """See `DealtOut.passing`. What autograd keeps of gathered weights for the backward pass (a linear layer a view of
+        its own) it finds where they are gathered then, and holds none of them in between."""
+        self._used.clear()
+        with torch.autograd.graph.saved_tensors_hooks(self._put_off, _found_again):
+            yield
+
+    def _put_off(self, kept: Tensor) -> Any:
+        storage = kept.untyped_storage().data_ptr()
+        for parameter in self._used.get(storage, ()):
+            begins = kept.storage_offset() - parameter.storage_offset()
+            here = parameter.ds_status.name == "AVAILABLE" and parameter.untyped_storage().data_ptr() == storage
+            if here and 0 <= begins < parameter.ds_numel:
+                return parameter, kept.size(), kept.stride(), begins
+        return kept.detach()  # what is an output itself would hold the graph that holds it
 
     def spread(self) -> None:
         """See `DealtOut.spread`."""
@@ -122,6 +148,13 @@ class Zero3(DealtOut):
             with _gathered(value):
                 found[name] = value.detach().cpu().clone()
         return found
+
+
+def _found_again(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    parameter, size, stride, begins = kept
+    return parameter.detach().as_strided(size, stride, parameter.storage_offset() + begins)
 
 
 def _share(numel: int, size: int, rank: int) -> int:
@@ -167,7 +200,7 @@ def _deal_by_deepspeed(model: nn.Module, device: str, offload: bool) -> None:
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,  # else what a billion values do not come between is kept from pass to pass
-            "stage3_prefetch_bucket_size": max(p.numel() for p in model.parameters()),
+            "stage3_prefetch_bucket_size": 0 if device == "cpu" else 50_000_000,  # where nothing overlaps
             "memory_efficient_linear": False,  # a layer of its own, which engines would not know
             **({"offload_param": {"device": "cpu", "pin_memory": device != "cpu"}} if offload else {}),
         }

@@ -4,6 +4,7 @@ Sources: Goodfellow 2015 (per-example norms); Li et al. 2022 (ghost norm); Bu et
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class BookKeeping:
         if self.groups != "all":
             groups = grouping(parameters, self.groups, clip_norm, self.clipping, self.shares)
         shapes = None if self.dealt is None else self.dealt.shapes
-        losses, book = gradients(parameters, self.layouts, forward, unit_of_row, groups=groups, sums=sums, shapes=shapes)
+        run = forward if self.dealt is None else partial(_passing, self.dealt, forward)
+        losses, book = gradients(parameters, self.layouts, run, unit_of_row, groups=groups, sums=sums, shapes=shapes)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             if isinstance(book, GroupedBook):
                 norms = book.finish()
@@ -93,6 +95,11 @@ class BookKeeping:
             if name not in sums:
                 sums[name] = torch.zeros_like(parameter, dtype=sum_dtype(parameter))
         return ClippedSums(sums, norms, losses)
+
+
+def _passing(dealt: Dealt, forward: Forward) -> Tensor:
+    with dealt.passing():
+        return forward()
 
 
 def gradients(

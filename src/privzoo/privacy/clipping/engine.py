@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,9 @@ class Dealt(Protocol):
 
     wholes: dict[str, nn.Parameter]
     shapes: dict[str, torch.Size]
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around a forward pass."""
 
     def add(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         """Add up a clipped sum over all processes; each keeps its part in `sums`."""
