@@ -2,6 +2,7 @@
 
     python bench/plan.py                                    the tasks that need no data
     python bench/plan.py shared=../shared out=plan.md       real data and a real encoder, too
+    python bench/plan.py ranks=only                         two processes, by strategies: a BERT of 227 MiB, random weights
 
 A run is of some twelve releases, trained by the command itself; its peak is that of the whole process, and so is the
 rehearsal's. The run's first release finds caches cold, as it is counted in the run's time.
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+
+from ranks import make_model
 
 from privzoo.composition import compose
 from privzoo.rehearsal import cost
@@ -31,14 +34,23 @@ REAL = [
     ("sst2", "dpzero", "batch_size=400 microbatch_size=50"),
     ("trec", "dp_lora", "batch_size=200 microbatch_size=50"),
 ]
+RANKS = [
+    ("toy_text", method, f"batch_size=128 microbatch_size=16 trainer.devices=2 trainer.strategy={strategy}")
+    for method, strategy in (
+        ("dp_full", "replicas"), ("dp_full", "zero2"), ("dp_full", "zero3"), ("dp_full", "fsdp"), ("dp_lora", "zero3"),
+        ("dpzero", "fsdp"),
+    )
+]  # fmt: skip
 RELEASES = 12
 
 
-def line_of(task: str, method: str, settings: str, shared: Path | None) -> str:
+def line_of(task: str, method: str, settings: str, folder: Path | None) -> str:
     """Predicted and measured seconds of a release and GiB, and how far the former are off."""
     given = [f"task={task}", f"method={method}", "eps=8", *settings.split(), "trainer.progress=false"]
-    if shared is not None:
-        given += [f"model.path={shared}/weights/minilm", f"data_root={shared}/data"]
+    if folder is not None and task == "toy_text":
+        given += [f"model.path={folder}", "lr=1e-5"]
+    elif folder is not None:
+        given += [f"model.path={folder}/weights/minilm", f"data_root={folder}/data"]
     cfg = compose(given)
     found = cost(cfg)
     with tempfile.TemporaryDirectory() as place:
@@ -48,7 +60,9 @@ def line_of(task: str, method: str, settings: str, shared: Path | None) -> str:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (record,) = (json.loads(file.read_text()) for file in Path(place, "runs").glob("*/result.json"))
     seconds, memory = record["wall_s"] / record["steps"], record["peak_memory_bytes"] / 2**30
-    predicted = found.seconds_per_release(cfg.batch_size), found.peak_memory_bytes / 2**30
+    processes = cfg.trainer.devices
+    memory_of_a_rank = found.memory_of_a_rank(cfg.trainer.strategy, processes) / 2**30
+    predicted = found.seconds_per_release(cfg.batch_size, processes), memory_of_a_rank
     off = [f"{said / took - 1:+.0%}" for said, took in zip(predicted, (seconds, memory), strict=True)]
     return (
         f"| {task} {method} {settings} | {predicted[0]:.3g} s | {seconds:.3g} s | {off[0]} "
@@ -66,11 +80,15 @@ def examples_of(given: list[str]) -> int:
 def main(argv: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in argv)
     shared = Path(options["shared"]).resolve() if "shared" in options else None
-    cases = [(*case, None) for case in TOYS] + ([(*case, shared) for case in REAL] if shared else [])
     lines = []
-    for task, method, settings, folder in cases:
-        lines.append(line_of(task, method, settings, folder))
-        print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as model:
+        cases = [(*case, None) for case in TOYS] + ([(*case, shared) for case in REAL] if shared else [])
+        if "ranks" in options:
+            make_model(Path(model), width=768, layers=8)
+            cases = [(*case, Path(model)) for case in RANKS]
+        for task, method, settings, folder in cases:
+            lines.append(line_of(task, method, settings, folder))
+            print(lines[-1], flush=True)
     head = [
         f"`python bench/plan.py {' '.join(argv)}`, {date.today()}, {RELEASES} releases a run.", "",
         "| | release, predicted | measured | off | memory, predicted | measured | off |", "|---|---|---|---|---|---|---|",

@@ -45,6 +45,33 @@ def test_the_time_of_a_release_by_hand():
     assert found.seconds_per_release(20, processes=3) == pytest.approx(2 + 20 * 1.5 * 0.5 * 0.1 / 3)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "trained", "expected"),
+    [
+        ("replicas", 400, 1000),
+        ("zero1", 400, 1000 - 800 * 3 / 4),
+        ("zero2", 300, 1000 - (800 + 50) * 3 / 4),
+        ("zero3", 30, 1000 - (800 + 50 + 400) * 3 / 4),
+        ("fsdp", 400, 1000 - (800 + 50 + 400) * 3 / 4),
+        ("fsdp", 100, 1000 - (400 - 100) * 3 / 4),  # what is trained stays whole
+    ],
+)
+def test_the_memory_of_a_rank_by_hand(strategy, trained, expected):
+    found = Cost(4, 1.0, 1.0, 0.1, 2.0, 1000, weights_bytes=400, trained_bytes=trained, sums_bytes=50, state_bytes=800)
+    assert found.memory_of_a_rank(strategy, 4) == round(expected)
+
+
+def test_what_a_rehearsal_finds_to_deal_out(run_config, tmp_path):
+    """AdamW keeps two numbers a trained weight, and a count a tensor."""
+    stage = Stage(run_config(*FEW, "task=toy_text", "method=dp_bitfit"))
+    found = stage.cost(4, tmp_path)
+    trained = list(stage.method.active.values())
+    values = sum(p.numel() for p in trained)
+    assert found.weights_bytes == 4 * sum(p.numel() for p in stage.method.model.parameters())
+    assert (found.trained_bytes, found.sums_bytes) == (4 * values, 4 * values)
+    assert found.state_bytes == 2 * 4 * values + 4 * len(trained)
+
+
 def test_the_time_of_a_row_hangs_on_how_long_training_rows_are(run_config, tmp_path):
     """SST-2's are half as long as its validation rows."""
     stage = Stage(run_config(*FEW, "task=toy_text", "method=dp_bitfit"))

@@ -141,9 +141,10 @@ def table_of_costs(rows: Sequence[Row], configs: Sequence[DictConfig], costs: Se
     lines = []
     for row, cfg, found in zip(rows, configs, costs, strict=True):
         seconds = found.seconds_per_release(row.B, cfg.trainer.devices)
+        memory = found.memory_of_a_rank(cfg.trainer.strategy, cfg.trainer.devices)
         lines.append([
             row.task, row.method, "-" if row.eps is None else f"{row.eps:g}", str(cfg.trainer.devices),
-            str(found.microbatch_size), f"{found.peak_memory_bytes / 2**30:.2f} GiB", f"{seconds:.3g} s", f"{row.steps:,}",
+            str(found.microbatch_size), f"{memory / 2**30:.2f} GiB", f"{seconds:.3g} s", f"{row.steps:,}",
             duration(seconds * row.steps),
         ])  # fmt: skip
     return [["task", "method", "eps", "processes", "micro-batch", "memory", "a release", "steps", "all"], *lines]

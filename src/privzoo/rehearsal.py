@@ -58,6 +58,8 @@ class Cost:
         seconds_per_row: of sampling, forward and backward passes and clipping, of validation rows as they come.
         seconds_besides: of a release, whatever is drawn: noise, optimizer, ledger, and a zeroth-order method's steps.
         peak_memory_bytes: of the device, on a CPU of the process (resident set), with a micro-batch of the longest rows.
+        weights_bytes, trained_bytes, sums_bytes, state_bytes: of it, what strategies deal out: all weights, those that are
+            trained, their clipped sums, the optimizer's state.
     """
 
     microbatch_size: int
@@ -66,6 +68,25 @@ class Cost:
     seconds_per_row: float
     seconds_besides: float
     peak_memory_bytes: int
+    weights_bytes: int = 0
+    trained_bytes: int = 0
+    sums_bytes: int = 0
+    state_bytes: int = 0
+
+    def memory_of_a_rank(self, strategy: str, processes: int) -> int:
+        """Peak memory of each of several processes (docs/ranks.md): what is dealt out is taken to be so at the peak,
+        too, and what comes together of it for a while to be nothing."""
+        most = 2 * self.trained_bytes > self.weights_bytes
+        dealt_out = {
+            "replicas": 0,
+            "zero1": self.state_bytes,
+            "zero2": self.state_bytes + self.sums_bytes,
+            "zero3": self.state_bytes + self.sums_bytes + self.weights_bytes,
+            "fsdp": self.state_bytes + self.sums_bytes + self.weights_bytes
+            if most
+            else self.weights_bytes - self.trained_bytes,
+        }
+        return self.peak_memory_bytes - round(dealt_out[strategy] * (1 - 1 / processes))
 
     def seconds_per_release(self, batch_size: int, processes: int = 1) -> float:
         """Expected time of a release of `batch_size` units; several processes are taken to share the rows at no cost."""

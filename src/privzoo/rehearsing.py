@@ -98,7 +98,15 @@ class Stage:
         per_row = max(sum(queries) - len(queries) * empty, 0.0) / max(rows, 1)
         besides = statistics.median(whole - query for whole, query in zip(wholes, queries, strict=True)) + empty
         relative_length = self._mean_length(self.training_rows) / self._mean_length(self.rows)
-        return Cost(size, self.rows_per_unit, relative_length, per_row, besides, self._peak())
+        return Cost(size, self.rows_per_unit, relative_length, per_row, besides, self._peak(), *self._to_deal_out())
+
+    def _to_deal_out(self) -> tuple[int, int, int, int]:
+        """Bytes of weights, trained weights, clipped sums and optimizer state."""
+        trained = self.method.active.values()
+        sums = 0 if hasattr(self.method, "walker") else sum(4 * p.numel() for p in trained)
+        state = [value for each in self.method.made.state.values() for value in each.values() if torch.is_tensor(value)]
+        weights = sum(p.nbytes for p in self.method.model.parameters())
+        return weights, sum(p.nbytes for p in trained), sums, sum(value.nbytes for value in state)
 
     @torch.no_grad()
     def _pass_over(self, size: int) -> None:
