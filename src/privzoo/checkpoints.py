@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from privzoo.errors import RunLost, UserError
@@ -88,6 +89,14 @@ class Checkpoints(Callback):
                 f"and go on with resume={self.path.parent}."
             ) from error
         self.saved = trainer.global_step
+
+
+class Straight(TorchCheckpointIO):
+    """Writes a checkpoint into its file. Lightning's own writes all of it into memory first, to be whole or absent, which
+    `Checkpoints` sees to."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
 
 
 def load_checkpoint(path: Path, key: RunKey) -> dict[str, Any]:

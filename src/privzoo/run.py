@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from privzoo.checkpoints import Checkpoints, StopOnSignal, Validation, load_checkpoint
+from privzoo.checkpoints import Checkpoints, StopOnSignal, Straight, Validation, load_checkpoint
 from privzoo.curves import Curves, EpsilonCurve
 from privzoo.errors import Stopped
 from privzoo.files import write_json
@@ -171,6 +171,7 @@ def _fit(
         **over_ranks(ranks), accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision, max_epochs=1,
         logger=loggers, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder.path,
+        plugins=[Straight()],
     )  # fmt: skip
     if ranks.count > 1:  # Lightning's handlers exchange signals in collectives of their own
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
