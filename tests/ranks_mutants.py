@@ -115,6 +115,8 @@ RANKS_MUTANTS = [
      ("tests/methods/test_optimizers.py::test_what_looks_at_shapes_is_refused_where_ranks_hold_flat_ranges",)),
     ("a lost rank is told as a bug", "-", RANKS_PY, "if not gone:", "if True:",
      (RANKS + "a_library_that_tells_of_a_lost_rank",)),
+    ("a checkpoint is written into memory first", "-", "checkpoints.py", "torch.save(checkpoint, path)",
+     "super().save_checkpoint(checkpoint, path)", ("tests/test_checkpoints.py::test_a_checkpoint_takes_no_memory",)),
     ("what moved on another rank stands still", "16", CALLBACK_PY, "if all(name in others for others in on_ranks)]", "]",
      (CALLBACK + "what_moved_on_another_rank_has_moved",)),
 ]  # fmt: skip
