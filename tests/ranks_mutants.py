@@ -92,7 +92,7 @@ RANKS_MUTANTS = [
     ("weights of before an update", "32", SHARDING_PY, "ignored_params=keep, reshard_after_forward=True)",
      "ignored_params=keep)", (METHODS + "fillers_count_for_nothing[dp_full, dealt out]",)),
     ("ranks keep their own ranges to themselves", "17", ZERO_PY,
-     "self.copied[name].copy_(whole(part).view(self.shapes[name]))", "pass",
+     "self.copied[name].copy_(part.full_tensor().view(self.shapes[name]))", "pass",
      (METHODS + "two_processes_are_one[dp_full, zero2]",)),
     ("copies are not looked at", "17", BASE_PY, "(self.trainable | copied).items()", "self.trainable.items()",
      (METHODS + "copies_that_differ_are_seen",)),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from privzoo.privacy.sharding import DealtOut, whole
+from privzoo.privacy.sharding import DealtOut
 
 
 class Zero2(DealtOut):
@@ -64,8 +64,9 @@ class Zero2(DealtOut):
     @torch.no_grad()
     def spread(self) -> None:
         """See `DealtOut.spread`."""
-        for name, part in self.parts.items():
-            self.copied[name].copy_(whole(part).view(self.shapes[name]))
+        parts: dict[str, Any] = dict(self.parts)
+        for name, part in parts.items():
+            self.copied[name].copy_(part.full_tensor().view(self.shapes[name]))
 
     def put(self, name: str, value: Tensor) -> None:
         """See `DealtOut.put`."""
