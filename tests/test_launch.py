@@ -159,18 +159,12 @@ def test_processes_of_torchrun(privzoo_on_few_rows, tmp_path):
     [
         ("fsdp", "toy_text", "dp_bitfit"),
         ("zero3", "toy_text", "dp_full"),
-        pytest.param("fsdp", "toy_text", "dp_full", marks=pytest.mark.sweep),
         pytest.param("fsdp", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
-        pytest.param("fsdp", "toy_lm", "dp_lora", marks=pytest.mark.sweep),
         pytest.param("fsdp", "toy_lm", "dp_full", marks=pytest.mark.sweep),  # its output layer is its table
-        pytest.param("fsdp", "toy_text", "dpzero", marks=pytest.mark.sweep),
         pytest.param("zero1", "toy_text", "dp_bitfit", marks=pytest.mark.sweep),
-        pytest.param("zero2", "toy_text", "dp_full", marks=pytest.mark.sweep),
-        pytest.param("zero2", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
         pytest.param("zero2", "toy_text", "dpzero", marks=pytest.mark.sweep),  # of which nothing is dealt out
         pytest.param("zero3", "toy_lm", "dp_qlora", marks=pytest.mark.sweep),
         pytest.param("zero3", "toy_lm", "dp_full", marks=pytest.mark.sweep),
-        pytest.param("zero3", "toy_text", "dpzero", marks=pytest.mark.sweep),
     ],
 )
 def test_weights_are_dealt_out(strategy, task, method, privzoo_on_few_rows, tmp_path):
@@ -214,7 +208,7 @@ def test_a_run_that_is_dealt_out_goes_on_from_its_checkpoint(strategy, privzoo_o
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("before", "after"), [("zero3", "replicas"), ("replicas", "zero3"), ("fsdp", "zero2")])
+@pytest.mark.parametrize(("before", "after"), [("zero3", "replicas"), ("fsdp", "zero2")])
 def test_a_run_goes_on_with_another_strategy(before, after, privzoo_on_few_rows, tmp_path):
     """What it lost it pays again: other sums at the same weights must have other noise. Moments fit, flat or not."""
     given = (*SEEDED, f"trainer.strategy={before}", f"output_dir={tmp_path}")
