@@ -117,6 +117,10 @@ RANKS_MUTANTS = [
      (RANKS + "a_library_that_tells_of_a_lost_rank",)),
     ("a checkpoint is written into memory first", "-", "checkpoints.py", "torch.save(checkpoint, path)",
      "super().save_checkpoint(checkpoint, path)", ("tests/test_checkpoints.py::test_a_checkpoint_takes_no_memory",)),
+    ("copies of the first phase train on", "6", BASE_PY, "self.dealt.copied.get(name, parameter)", "parameter",
+     (METHODS + "two_processes_are_one[phases, zero1]",)),
+    ("an optimizer that cannot step parts", "-", "methods/optimizers.py", "    part.grad = torch.zeros_like(part)\n    try:",
+     "    return\n    try:", ("tests/methods/test_optimizers.py::test_what_cannot_step_a_part_is_refused",)),
     ("what moved on another rank stands still", "16", CALLBACK_PY, "if all(name in others for others in on_ranks)]", "]",
      (CALLBACK + "what_moved_on_another_rank_has_moved",)),
 ]  # fmt: skip

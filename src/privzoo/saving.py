@@ -52,8 +52,8 @@ def save_model(path: Path, model: Any, processor: Any, state: dict[str, Tensor] 
 
 @contextmanager
 def _without_deepspeed() -> Iterator[None]:
-    """accelerate would import DeepSpeed where it is installed (3 s, 100 MB) to ask whether the model is its engine, which no
-    model here is."""
+    """accelerate would import DeepSpeed where it is installed, which takes seconds, to ask whether the model is its engine,
+    which no model here is."""
     hidden = "deepspeed" not in sys.modules
     if hidden:
         sys.modules["deepspeed"] = None  # type: ignore[assignment]

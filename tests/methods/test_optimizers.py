@@ -11,7 +11,7 @@ from torch import nn
 from privzoo.errors import UserError
 from privzoo.methods.contents import seal_of
 from privzoo.methods.dp_adam import DPAdamBC
-from privzoo.methods.optimizers import make_optimizer, refuse_by_shape
+from privzoo.methods.optimizers import make_optimizer, refuse_by_shape, refuse_on_parts
 from privzoo.privacy.clipping import AdaptiveClip
 from privzoo.privacy.plan import Phase, PrivacyPlan
 
@@ -58,6 +58,18 @@ def test_what_looks_at_shapes_is_refused_where_ranks_hold_flat_ranges(make, refu
         return
     with pytest.raises(UserError, match=refused):
         refuse_by_shape(make, 0.1)
+
+
+def test_what_cannot_step_a_part_is_refused():
+    """As 8-bit optimizers cannot, whose kernels know nothing of dealt-out tensors (tests/test_launch.py has a real one)."""
+
+    class Kernel(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("got mixed tensors")
+
+    refuse_on_parts(torch.optim.AdamW, 0.1, nn.Parameter(torch.zeros(4)))
+    with pytest.raises(UserError, match=r"Kernel cannot step what trainer.strategy deals out \(got mixed tensors\)"):
+        refuse_on_parts(Kernel, 0.1, nn.Parameter(torch.zeros(4)))
 
 
 def float32_run(make_run, plan, **options):

@@ -22,7 +22,7 @@ from privzoo.models.checkpointing import turn_on_checkpointing
 from privzoo.models.quantization import keep_quantized_weights
 from privzoo.privacy.clipping import GhostTwoPass, Loop
 from privzoo.privacy.clipping.adaptive import AdaptiveClip
-from privzoo.privacy.plan import PrivacyPlan
+from privzoo.privacy.plan import Phase, PrivacyPlan
 from privzoo.privacy.ranks import ALONE, Ranks
 from privzoo.privacy.strategies import Dealer
 
@@ -50,7 +50,12 @@ def wrap_in_4_bits(model, new_head):
 
 LORA = {"trainable": "adapter", "adapter": partial(wrap, tuner=TUNER)}
 BY_ZERO = {
-    "zero1": {"dp_full": {}, "loop": {"engine": Loop}, "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]}},
+    "zero1": {
+        "dp_full": {},
+        "loop": {"engine": Loop},
+        "phases": {"phases": [{}, {"trainable": "biases"}]},
+        "units": {"units": [[2 * i, 2 * i + 1] for i in range(40)]},
+    },
     "zero2": {
         "dp_full": {},
         "dp_bitfit": {"trainable": "biases"},
@@ -146,9 +151,11 @@ def made(run_of, case, noise, batch_size, ranks):
     Noise and directions are keyed by the weights, which ranks and one process round otherwise: here by the release alone.
     """
     epochs = 1.0 if batch_size == 8 or case == "nothing but noise" else 0.4
+    then = (Phase(batch_size, 0.4, 0.5, 2.0),) if "phases" in CASES[case] else ()
     plan = PrivacyPlan(
-        num_examples=40, batch_size=batch_size, epochs=epochs, delta=1e-3, clip_norm=0.5, noise_multiplier=2.0
-    )
+        num_examples=40, batch_size=batch_size, epochs=epochs - 0.4 * len(then), delta=1e-3, clip_norm=0.5,
+        noise_multiplier=2.0, then=then,
+    )  # fmt: skip
     options = {name: value() if name == "adaptive" else value for name, value in CASES[case].items()}
     strategy = options.pop("dealt_out", None)
     checkpointing = options.pop("checkpointing", False)

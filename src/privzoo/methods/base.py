@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from privzoo.errors import UserError
 from privzoo.methods.average import ExponentialAverage, weights_to_publish
 from privzoo.methods.contents import pack, unpack
-from privzoo.methods.optimizers import has_modes, make_optimizer, refuse_by_shape
+from privzoo.methods.optimizers import has_modes, make_optimizer, refuse_by_shape, refuse_on_parts
 from privzoo.methods.rows import refuse_other_contract, require_loss_per_row, that_fits, unit_of_row
 from privzoo.methods.schedule import LearningRate
 from privzoo.methods.trainable import select_trainable
@@ -297,6 +297,8 @@ class PrivateMethod(LightningModule):
         phases = len(self.mechanism.plan.phases)
         if self.dealt is not None and self.dealt.flat:
             refuse_by_shape(self.make_optimizer, self.lr.highest[0])
+        if self.dealt is not None and (self.dealt.flat or self.dealt.wholes):
+            refuse_on_parts(self.make_optimizer, self.lr.highest[0], self.dealt.some_part())
         self.made = make_optimizer(self.make_optimizer, self._parameter_groups(), self.lr.highest[0], phases)
         if self.average is not None and has_modes(self.made):
             raise UserError(f"{type(self.made).__name__} averages the weights already: leave method.average=null.")

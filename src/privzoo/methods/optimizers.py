@@ -74,6 +74,25 @@ def refuse_by_shape(make: Callable[..., torch.optim.Optimizer], lr: float) -> No
         )
 
 
+def refuse_on_parts(make: Callable[..., torch.optim.Optimizer], lr: float, part: torch.nn.Parameter) -> None:
+    """Refuse an optimizer that cannot step a parameter of which each rank holds a part (8-bit ones do not).
+
+    Args:
+        part: such a parameter; overwritten.
+    Raises:
+        UserError: naming it.
+    """
+    optimizer = make_optimizer(make, [{"params": [part], "lr": lr}], lr)
+    part.grad = torch.zeros_like(part)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{type(optimizer).__name__} cannot step what trainer.strategy deals out ({first_line(error)}): take "
+            "trainer.strategy=replicas or torch.optim.AdamW."
+        ) from error
+
+
 def has_modes(optimizer: Any) -> bool:
     """Whether it trains at one point and is scored at another (schedule-free)."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))

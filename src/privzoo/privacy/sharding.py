@@ -41,6 +41,11 @@ class DealtOut:
         self.copied: dict[str, nn.Parameter] = {}
         self.flat, self.level = False, True
 
+    def some_part(self) -> nn.Parameter:
+        """A parameter of zeros of which each rank holds some thousand values, as it does of those in `parts`."""
+        local = torch.zeros(8192, device=self.home.device_type)
+        return nn.Parameter(DTensor.from_local(local, self.home, [Shard(0)], run_check=False))
+
     @contextmanager
     def without_own(self) -> Iterator[None]:
         """Meanwhile what this rank adds up counts as 0; what others add to its part counts."""
